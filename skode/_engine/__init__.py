@@ -1,0 +1,1 @@
+"""Batched ODE solvers in which every row steps on its own."""

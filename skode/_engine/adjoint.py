@@ -1,0 +1,171 @@
+"""The continuous adjoint: constant memory in the number of steps.
+
+For L a function of y(t_k), the adjoint a = dL/dy follows, backwards in time,
+
+    da/dt = -a . df/dy,      a jumps by dL/dy_k at t_k        (Chen et al. 2018, eq. 4)
+    dL/dtheta = integral of a . df/dtheta dt                   (eq. 5)
+    dL/dt_k = dL/dy_k . f(t_k, y_k),   dL/dt_0 = -a(t_0) . f(t_0, y_0)
+
+The parameter gradient feeds back into nothing: it is a quadrature over the accepted
+steps, summed over rows at once, and no part of the error-controlled state. The
+adjoint is linear in its end value, so each row is solved for a / max_k |dL/dy_k|: the
+tolerances then mean the same whatever the loss is divided by. The state is solved
+again backwards, from what the forward solve had at every requested time.
+
+The gradient is that of the exact solution up to rtol and atol, not the exact gradient
+of the computed one. B rows, A of them stepping, T times, D state, S stages.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from skode._engine.kernel import Kernel
+from skode._engine.loop import Step
+from skode._engine.plan import Plan
+from skode._engine.solution import Solution
+from skode._engine.tableau import Coefficients
+from skode.exceptions import SolverError
+
+
+class Adjoint(torch.autograd.Function):
+    """Solve; keep the requested states; solve [y, a] backwards between them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, plan: Plan, y0: Tensor, times: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        ys, stats, _, _ = plan.forward(y0, times, record=False)
+        ctx.plan = plan
+        ctx.save_for_backward(ys, times, *params)
+        extras = (
+            stats.status,
+            stats.t,
+            stats.n_accepted,
+            stats.n_rejected,
+            stats.nfe,
+        )
+        ctx.mark_non_differentiable(*extras)
+        return ys, *extras
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        ys, times, *_params = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        backwards = _Backwards(plan, ys, times, grad)
+        grad_y0 = backwards.run()
+        grad_times = backwards.times(grad_y0) if ctx.needs_input_grad[2] else None
+        grad_y0 = grad_y0 + grad[:, 0]
+        return None, grad_y0, grad_times, *backwards.quadrature.gradients()
+
+
+class _Augmented:
+    """The field of [y, a]: a kernel made of a field's kernel."""
+
+    def __init__(self, kernel: Kernel, dim: int) -> None:
+        self._kernel, self._dim = kernel, dim
+
+    def evaluate(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
+        """Write [f, -a . df/dy] to `out`."""
+        dim = self._dim
+        self._kernel.linearize(0, t, y[:, :dim], out[:, :dim])
+        self._kernel.pull(0, y[:, dim:], out[:, dim:])
+        out[:, dim:].neg_()
+
+    def linearize(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
+        """Not needed: nobody differentiates the adjoint."""
+        raise AssertionError("the adjoint solve is not differentiated")
+
+    def pull(self, slot: int, cotangent: Tensor, out: Tensor) -> None:
+        """Not needed: nobody differentiates the adjoint."""
+        raise AssertionError("the adjoint solve is not differentiated")
+
+    def pull_time(self, slot: int) -> Tensor:
+        """Not needed: nobody differentiates the adjoint."""
+        raise AssertionError("the adjoint solve is not differentiated")
+
+    def accumulate(self, slots: int) -> None:
+        """Do nothing: the quadrature has a kernel of its own."""
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Return nothing: the quadrature has a kernel of its own."""
+        return ()
+
+
+class _Quadrature:
+    """Observer that integrates a . df/dtheta over the accepted steps."""
+
+    def __init__(self, kernel: Kernel, coef: Coefficients, scale: Tensor) -> None:
+        self._kernel, self._coef, self._scale = kernel, coef, scale
+
+    def observe(self, step: Step) -> None:
+        """Add h b_i a_i . df/dtheta of all stages, by one product of S A rows."""
+        coef, y = self._coef, step.y
+        dim = y.shape[1] // 2
+        scale = self._scale if step.rows is None else self._scale[step.rows]
+        h = step.h.to(y.dtype)
+        # Backwards in time h is negative, and so is the sign of eq. 5.
+        weight = -h if step.moved is None else -h * step.moved
+        stages = coef.stages
+        k = step.k[:stages].reshape(stages, -1)
+        state = y + h[:, None] * (coef.a_square @ k).view(stages, *y.shape)
+        cotangent = state[:, :, dim:] * (coef.b[:, None] * (weight * scale))[:, :, None]
+        times = torch.addcmul(step.t, coef.c[:stages], step.h).to(y.dtype)
+        flat = state[:, :, :dim].reshape(-1, dim)
+        unused = torch.empty_like(flat)
+        self._kernel.linearize(0, times.reshape(-1), flat, unused)
+        self._kernel.pull(0, cotangent.reshape(-1, dim), unused)
+        self._kernel.accumulate(1)
+
+
+class _Backwards:
+    """One backward pass over the requested times."""
+
+    def __init__(self, plan: Plan, ys: Tensor, times: Tensor, grad: Tensor) -> None:
+        self._plan, self._ys, self._times, self._grad = plan, ys, times, grad
+        self.quadrature = plan.kernel(slots=1)
+
+    def run(self) -> Tensor:
+        """Return a(t0) before the jump there, (B, D)."""
+        ys, times, grad = self._ys, self._times, self._grad
+        dim = ys.shape[2]
+        scale = grad.abs().amax(dim=(1, 2))
+        scale = torch.where(scale > 0, scale, 1.0)
+        kernel = _Augmented(self._plan.kernel(slots=1), dim)
+        coef = self._plan.coefficients(ys, times)
+        quadrature = _Quadrature(self.quadrature, coef, scale)
+        a = torch.zeros_like(ys[:, 0])
+        for i in range(times.shape[1] - 1, 0, -1):
+            a = a + grad[:, i] / scale[:, None]
+            z = torch.cat((ys[:, i], a), dim=1)
+            z, stats = self._plan.run(
+                kernel, z, times[:, i], times[:, i - 1], [quadrature]
+            )
+            self._require(Solution(z[:, None], stats, self._plan.tolerance))
+            a = z[:, dim:]
+        return a * scale[:, None]
+
+    def _require(self, solution: Solution) -> None:
+        try:
+            solution.require_success()
+        except SolverError as error:
+            error.remedy = (
+                "This happened while solving the adjoint backwards in time, where a "
+                "field that contracts forwards expands: gradient='checkpoint' needs "
+                f"no such solve. {error.remedy}"
+            )
+            raise
+
+    def times(self, a: Tensor) -> Tensor:
+        """Return dL/d times, (B, T), given a(t0) before the jump there."""
+        batch, count, dim = self._ys.shape
+        flat = self._ys.reshape(-1, dim)
+        slope = torch.empty_like(flat)
+        times = self._times.reshape(-1).to(flat.dtype)
+        self.quadrature.evaluate(0, times, flat, slope)
+        slope = slope.view(batch, count, dim)
+        cotangent = torch.cat((-a[:, None], self._grad[:, 1:]), dim=1)
+        return (slope * cotangent).sum(dim=2).to(self._times.dtype)

@@ -1,0 +1,98 @@
+"""Autograd through every accepted step: the plain twin of `checkpoint`.
+
+The mesh is found by a solve without autograd; then the same steps are taken again
+with it. Memory grows with every operation of every step. B rows, D state.
+"""
+
+import torch
+from torch import Tensor
+
+from skode._engine.dense import Requests, interpolate
+from skode._engine.kernel import Field
+from skode._engine.plan import Plan
+from skode._engine.solution import Statistics
+from skode._engine.step import differentiable_step
+from skode._engine.tableau import Coefficients
+from skode._engine.tape import Group, Tape
+
+
+def backprop(plan: Plan, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
+    """Solve, then replay under autograd; return ys (B, T, D)."""
+    with torch.no_grad():
+        ys, stats, requests, tape = plan.forward(
+            y0.detach(), times.detach(), record=True
+        )
+    assert tape is not None
+    coef = plan.coefficients(y0, times)
+    y1, inside = _replay(plan.field, coef, tape, requests, y0, times)
+    ys = Requests.fill(requests, y0, y1, inside)
+    failed = stats.status != 0
+    ys = torch.where(failed[:, None, None] & requests.at_end[:, :, None], torch.nan, ys)
+    return _idle_times(plan.field, ys, y0, times, requests), stats
+
+
+def _replay(
+    field: Field,
+    coef: Coefficients,
+    tape: Tape,
+    requests: Requests,
+    y0: Tensor,
+    times: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the last state of every row (B, D), and states inside (B, T, D)."""
+    order = tape.order
+    t0, t1 = times[:, 0][order], times[:, -1][order]
+    fixed0, fixed1 = t0.detach(), t1.detach()
+    inside = None
+    if requests.any_inside:
+        inside = torch.full((*times.shape, y0.shape[1]), torch.nan).to(y0)
+    y = y0[order]
+    for group in tape.groups:
+        rows = len(group.t)
+        span = fixed1[:rows] - fixed0[:rows]
+        before, share = (group.t - fixed0[:rows]) / span, group.h / span
+        t = t0[:rows] + before * (t1 - t0)[:rows]
+        h = share * (t1 - t0)[:rows]
+        start = y[:rows]
+        end, k = differentiable_step(field, coef, t, h, start)
+        if group.position is not None and inside is not None:
+            at = order[group.position], group.index
+            value = _inside(field, coef, group, times[at], t, h, start, end, k)
+            inside = inside.index_put(at, value)
+        y = torch.cat((end, y[rows:]))
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return y[back], inside
+
+
+def _inside(
+    field: Field,
+    coef: Coefficients,
+    group: Group,
+    at: Tensor,
+    t: Tensor,
+    h: Tensor,
+    start: Tensor,
+    end: Tensor,
+    k: list[Tensor],
+) -> Tensor:
+    """Return the states at the requested times `at` (E,) of one group, (E, D)."""
+    dtype = start.dtype
+    stages = torch.stack([*k, field((t + h).to(dtype), end)])
+    where = group.position
+    theta = ((at - t[where]) / h[where]).to(dtype)
+    return interpolate(coef, theta, h[where].to(dtype), start[where], stages[:, where])
+
+
+def _idle_times(
+    field: Field, ys: Tensor, y0: Tensor, times: Tensor, requests: Requests
+) -> Tensor:
+    """Give times equal to the first one, which no step reaches, their gradient."""
+    idle = requests.at_start.clone()
+    idle |= (requests.times[:, :1] == requests.times[:, -1:]) & requests.at_end
+    idle[:, 0] = False
+    if not times.requires_grad or not bool(idle.any()):
+        return ys
+    slope = field(times[:, 0].detach().to(y0.dtype), y0.detach()).detach()
+    move = (times - times[:, :1]).to(y0.dtype) * idle
+    return ys + move[:, :, None] * slope[:, None]

@@ -1,0 +1,116 @@
+"""Dense output: states at requested times inside accepted steps.
+
+B rows, T times, D state, S stages, P powers of theta; an event is one requested
+time of one row that fell into a step, E of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skode._engine.loop import Step
+from skode._engine.tableau import Coefficients
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Requested times strictly inside accepted steps; all of shape (E,)."""
+
+    rows: Tensor
+    ordinal: Tensor
+    """Which accepted step of its row."""
+    index: Tensor
+    """Which requested time of its row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """Requested times (B, T), each row monotone, and where they lie."""
+
+    times: Tensor
+    at_start: Tensor
+    """(B, T) equal to the row's first time, where that differs from its last."""
+    at_end: Tensor
+    """(B, T) equal to the row's last time."""
+    any_inside: bool
+
+    @classmethod
+    def of(cls, times: Tensor) -> "Requests":
+        """Sort the times of each row into first, inside and last."""
+        at_end = times == times[:, -1:]
+        at_start = (times == times[:, :1]) & ~at_end
+        inside = times.shape[1] > 2 and not bool((at_start | at_end).all())
+        return cls(times, at_start, at_end, inside)
+
+    def fill(self, y0: Tensor, y1: Tensor, inside: Tensor | None) -> Tensor:
+        """Return (B, T, D) states from those at the ends and those inside."""
+        if self.times.shape[1] == 2 and inside is None:
+            # The commonest request, without a mask: y1 where both times are equal.
+            return torch.stack((torch.where(self.at_end[:, :1], y1, y0), y1), dim=1)
+        ends = torch.where(self.at_end[:, :, None], y1[:, None], y0[:, None])
+        if inside is None:
+            return ends
+        return torch.where((self.at_start | self.at_end)[:, :, None], ends, inside)
+
+
+def powers(theta: Tensor, count: int) -> Tensor:
+    """Return theta, theta^2, ... of shape (E, P)."""
+    return torch.stack([theta**p for p in range(1, count + 1)], dim=-1)
+
+
+def slopes_of_powers(theta: Tensor, count: int) -> Tensor:
+    """Return 1, 2 theta, 3 theta^2, ... of shape (E, P)."""
+    return torch.stack([p * theta ** (p - 1) for p in range(1, count + 1)], dim=-1)
+
+
+def interpolate(
+    coef: Coefficients, theta: Tensor, h: Tensor, y: Tensor, k: Tensor
+) -> Tensor:
+    """Return y(t + theta h), (E, D), from y (E, D) and k (S + 1, E, D)."""
+    weights = powers(theta, len(coef.dense)) @ coef.dense
+    return y + h[:, None] * torch.einsum("es,sed->ed", weights, k)
+
+
+class DenseOutput:
+    """Observer that writes the requested times as the steps pass over them."""
+
+    def __init__(self, requests: Requests, y0: Tensor, coef: Coefficients) -> None:
+        times = requests.times
+        batch, count = times.shape
+        self._coef = coef
+        self._times = times
+        self._sign = torch.sign(times[:, -1:] - times[:, :1])
+        self._ascending = (times * self._sign).contiguous()
+        self._next = requests.at_start.sum(dim=1)
+        self._stop = count - requests.at_end.sum(dim=1)
+        self.ys = torch.full(
+            (batch, count, y0.shape[1]), torch.nan, dtype=y0.dtype, device=y0.device
+        )
+        self.events: list[Events] = []
+
+    def observe(self, step: Step) -> None:
+        rows = step.rows
+        if rows is None:
+            rows = torch.arange(len(step.t), device=step.t.device)
+        end = (step.t1 * self._sign[rows, 0])[:, None]
+        passed = torch.searchsorted(self._ascending[rows], end, right=True)[:, 0]
+        passed = torch.minimum(passed, self._stop[rows])
+        due = passed - self._next[rows]
+        if step.moved is not None:
+            due = due * step.moved
+        due = due.clamp(min=0)
+        total = int(due.sum())  # host sync, only where times are requested inside
+        if total == 0:
+            return
+        local = torch.repeat_interleave(due, output_size=total)
+        offset = torch.arange(total, device=due.device) - (due.cumsum(0) - due)[local]
+        row = rows[local]
+        index = self._next[row] + offset
+        h = step.h[local]
+        theta = ((self._times[row, index] - step.t[local]) / h).to(self.ys.dtype)
+        self.ys[row, index] = interpolate(
+            self._coef, theta, h.to(self.ys.dtype), step.y[local], step.k[:, local]
+        )
+        self._next[rows] += due
+        self.events.append(Events(row, step.ordinal[local], index))

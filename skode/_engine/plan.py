@@ -1,0 +1,71 @@
+"""What one solve needs beside its tensors, and the forward solve itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from skode._engine.control import PIController
+from skode._engine.dense import DenseOutput, Requests
+from skode._engine.kernel import Field, Kernel, bind
+from skode._engine.loop import Observer, integrate, march
+from skode._engine.solution import Statistics, Tolerance
+from skode._engine.tableau import Coefficients, Tableau, coefficients
+from skode._engine.tape import Recorder, Tape
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A field, a method and its tolerance; all strings parsed."""
+
+    field: Field
+    tableau: Tableau
+    tolerance: Tolerance
+    params: tuple[Tensor, ...]
+
+    def coefficients(self, y: Tensor, t: Tensor) -> Coefficients:
+        """Return the tableau in the dtypes and on the device of the solve."""
+        return coefficients(self.tableau, y.dtype, t.dtype, y.device)
+
+    def kernel(self, slots: int) -> Kernel:
+        """Bind the field for one pass."""
+        return bind(self.field, self.params, slots)
+
+    def run(
+        self,
+        kernel: Kernel,
+        y: Tensor,
+        t0: Tensor,
+        t1: Tensor,
+        observers: Sequence[Observer],
+    ) -> tuple[Tensor, Statistics]:
+        """Step from t0 to t1, adaptively or evenly."""
+        coef = self.coefficients(y, t0)
+        if not self.tableau.adaptive:
+            return march(kernel, coef, y, t0, t1, self.tolerance, observers)
+        controller = PIController(self.tolerance, self.tableau.order)
+        return integrate(kernel, coef, controller, y, t0, t1, self.tolerance, observers)
+
+    def forward(
+        self, y0: Tensor, times: Tensor, record: bool
+    ) -> tuple[Tensor, Statistics, Requests, Tape | None]:
+        """Solve without autograd; return states at all times (B, T, D)."""
+        requests = Requests.of(times)
+        dense = (
+            DenseOutput(requests, y0, self.coefficients(y0, times))
+            if requests.any_inside
+            else None
+        )
+        recorder = Recorder() if record else None
+        observers: list[Observer] = [o for o in (dense, recorder) if o is not None]
+        y1, stats = self.run(
+            self.kernel(slots=0), y0, times[:, 0], times[:, -1], observers
+        )
+        y1 = y1.masked_fill((stats.status != 0)[:, None], float("nan"))
+        ys = requests.fill(y0, y1, None if dense is None else dense.ys)
+        tape = None
+        if recorder is not None:
+            tape = recorder.tape(
+                stats.n_accepted, [] if dense is None else dense.events
+            )
+        return ys, stats, requests, tape

@@ -1,0 +1,115 @@
+"""What a solve returns. B rows, T times, D state."""
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from skode.exceptions import SolverError
+
+
+class Status(IntEnum):
+    """How the solve of a row ended."""
+
+    SUCCESS = 0
+    MAX_STEPS = 1
+    STEP_UNDERFLOW = 2
+    NON_FINITE = 3
+
+
+_REASON = {
+    Status.MAX_STEPS: "reached max_steps={max_steps}",
+    Status.STEP_UNDERFLOW: "needed steps below the resolution of time",
+    Status.NON_FINITE: "met values that are not finite",
+}
+
+_REMEDY = {
+    Status.MAX_STEPS: (
+        "Raise max_steps, loosen rtol and atol (now {rtol:g} and {atol:g}), or, if "
+        "the field is stiff, take an implicit solver such as 'Radau'."
+    ),
+    Status.STEP_UNDERFLOW: (
+        "The field is stiff, discontinuous or blows up there: loosen rtol and atol "
+        "(now {rtol:g} and {atol:g}), use float64, or shorten the time span."
+    ),
+    Status.NON_FINITE: (
+        "The state grows without bound or the field returns NaN: standardise the "
+        "input, shorten the time span, or lower the learning rate if it is trained."
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How accurately, and how long, to step."""
+
+    rtol: float
+    atol: float
+    step_size: float | None
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        """Refuse tolerances that no solve could meet."""
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+        if self.rtol + self.atol == 0:
+            raise ValueError("rtol and atol must not both be 0.")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps!r}.")
+        size = self.step_size
+        if size is not None and not (math.isfinite(size) and size > 0):
+            raise ValueError(f"step_size must be a number > 0, got {size!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What the solve of each row took; all of shape (B,)."""
+
+    status: Tensor
+    """Values of `Status`, int8."""
+    t: Tensor
+    """Time reached."""
+    n_accepted: Tensor
+    n_rejected: Tensor
+    nfe: Tensor
+    """Evaluations of the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """States at the requested times, and how each row got there."""
+
+    ys: Tensor
+    """(B, T, D); NaN at times that a row did not reach."""
+    stats: Statistics
+    tolerance: Tolerance
+
+    @property
+    def y1(self) -> Tensor:
+        """States at the last time, (B, D)."""
+        return self.ys[:, -1]
+
+    def require_success(self) -> "Solution":
+        """Return self, or raise `SolverError` if a row did not reach its end."""
+        failed = self.stats.status != Status.SUCCESS
+        if not bool(failed.any()):  # host sync, once per solve
+            return self
+        worst = Status(int(self.stats.status.max()))
+        rows = torch.nonzero(self.stats.status == worst)[:, 0]
+        settings = {
+            "rtol": self.tolerance.rtol,
+            "atol": self.tolerance.atol,
+            "max_steps": self.tolerance.max_steps,
+        }
+        raise SolverError(
+            _REASON[worst].format(**settings),
+            rows=rows.tolist(),
+            n_rows=len(failed),
+            t=self.stats.t[rows].tolist(),
+            remedy=_REMEDY[worst].format(**settings),
+            status=worst.name,
+        )

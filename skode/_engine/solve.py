@@ -1,0 +1,184 @@
+"""The engine's only door. B rows, T times, D state."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from skode._engine.adjoint import Adjoint
+from skode._engine.backprop import backprop
+from skode._engine.borrowed import BORROWED, Borrowed, Loan
+from skode._engine.checkpoint import Checkpoint
+from skode._engine.kernel import Field
+from skode._engine.plan import Plan
+from skode._engine.solution import Solution, Statistics, Tolerance
+from skode._engine.tableau import TABLEAUX, Tableau
+
+METHODS = (*TABLEAUX, *BORROWED)
+FIXED_STEP = (
+    *(name for name, tableau in TABLEAUX.items() if not tableau.adaptive),
+    *(name for name, borrowed in BORROWED.items() if borrowed.fixed_step),
+)
+ADAPTIVE = tuple(name for name in METHODS if name not in FIXED_STEP)
+GRADIENTS = ("auto", "checkpoint", "adjoint", "backprop")
+
+
+def solve(
+    field: Field,
+    y0: Tensor,
+    t: Tensor,
+    *,
+    params: Sequence[Tensor] = (),
+    method: str = "dopri5",
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    step_size: float | None = None,
+    max_steps: int = 10_000,
+    gradient: str = "auto",
+) -> Solution:
+    """Solve dy/dt = f(t, y) for a batch of rows, each with steps of its own.
+
+    Parameters
+    ----------
+    field : callable
+        ``f(t, y)`` with ``t`` of shape (B,) and ``y`` of shape (B, D), returning
+        (B, D). Rows must not depend on each other. ``t`` comes in the dtype of ``y``.
+    y0 : Tensor of shape (B, D)
+        States at the first time; float32 or float64.
+    t : Tensor of shape (T,) or (B, T)
+        Requested times, shared or per row, monotone in either direction; the first
+        is where the row starts. Shorter rows are padded by repeating their last time.
+    params : sequence of Tensor, default=()
+        Tensors that `field` depends on and that want a gradient.
+    method : str, default="dopri5"
+        One of `METHODS`.
+    rtol, atol : float, default=1e-3, 1e-6
+        A step is accepted where the root mean square over the state of error /
+        (atol + rtol * max(|y before|, |y after|)) is at most 1.
+    step_size : float or None, default=None
+        Longest step of a fixed-step method, in units of t; each row's span is
+        divided evenly. Adaptive methods choose their own steps and ignore it.
+    max_steps : int, default=10_000
+        Attempts a row may take; then its status is `MAX_STEPS`.
+    gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
+        How gradients pass the solve. "checkpoint": exact gradient of the computed
+        solution; memory for one state per step. "adjoint": continuous adjoint, exact
+        up to the tolerance; memory constant in the number of steps. "backprop":
+        autograd through every operation. "auto": "checkpoint" for methods of our
+        own, "backprop" for torchdiffeq's, "adjoint" for SciPy's.
+
+    Returns
+    -------
+    Solution
+        States (B, T, D) and statistics; failed rows have a status and NaN states
+        from where they failed. `Solution.require_success` raises.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not as described.
+    """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}.")
+    tolerance = Tolerance(rtol, atol, step_size, max_steps)
+    parsed = parse_method(method, step_size)
+    times = _parse_times(y0, t)
+    params = tuple(params)
+    if len(y0) == 0:
+        return _nothing(y0, times, tolerance)
+    if isinstance(parsed, Borrowed):
+        chosen = _borrowed_gradient(method, parsed, gradient)
+        return Loan(field, parsed, tolerance, params, chosen).run(y0, times)
+    plan = Plan(field, parsed, tolerance, params)
+    wanted = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (y0, times, *params)
+    )
+    if not wanted:
+        ys, stats, _, _ = plan.forward(y0.detach(), times.detach(), record=False)
+    elif gradient == "backprop":
+        ys, stats = backprop(plan, y0, times)
+    else:
+        function = Adjoint if gradient == "adjoint" else Checkpoint
+        ys, *columns = function.apply(plan, y0, times, *params)
+        stats = Statistics(*columns)
+    return Solution(ys, stats, tolerance)
+
+
+def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
+    """Return the method of that name, ours or torchdiffeq's.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or if it takes fixed steps and `step_size` is None.
+    """
+    parsed = TABLEAUX.get(method) or BORROWED.get(method)
+    if parsed is None:
+        raise ValueError(
+            f"There is no solver {method!r}. Adaptive: {', '.join(ADAPTIVE)}. "
+            f"Fixed step (pass step_size): {', '.join(FIXED_STEP)}."
+        )
+    if method in FIXED_STEP and step_size is None:
+        raise ValueError(
+            f"solver={method!r} takes fixed steps: pass step_size, for example "
+            f"step_size=0.1 for ten steps from t=0 to t=1, or choose an adaptive "
+            f"solver ({', '.join(ADAPTIVE)})."
+        )
+    return parsed
+
+
+def _borrowed_gradient(method: str, borrowed: Borrowed, gradient: str) -> str:
+    """Return torchdiffeq's name for how gradients pass its methods."""
+    if gradient == "auto":
+        return "backprop" if borrowed.differentiable else "adjoint"
+    if not borrowed.differentiable and gradient != "adjoint":
+        raise ValueError(
+            f"{method!r} runs in SciPy, through which no gradient passes: use "
+            f"gradient='adjoint' or 'auto', got {gradient!r}."
+        )
+    return "adjoint" if gradient == "adjoint" else "backprop"
+
+
+def _parse_times(y0: Tensor, t: Tensor) -> Tensor:
+    """Check the arguments' shapes and return times as (B, T)."""
+    for name, value in (("y0", y0), ("t", t)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a tensor of floats, got {kind}.")
+    if y0.ndim != 2 or y0.shape[1] == 0:
+        raise ValueError(
+            f"y0 must have shape (rows, state), state at least 1, got "
+            f"{tuple(y0.shape)}."
+        )
+    if t.ndim not in (1, 2) or t.shape[-1] == 0:
+        raise ValueError(
+            f"t must name at least one time, in shape (times,) or (rows, times), got "
+            f"{tuple(t.shape)}."
+        )
+    if t.ndim == 2 and len(t) != len(y0):
+        raise ValueError(
+            f"t of shape (rows, times) must have a row for each of the {len(y0)} rows "
+            f"of y0, got {tuple(t.shape)}."
+        )
+    if t.device != y0.device:
+        raise ValueError(f"t is on {t.device} and y0 on {y0.device}; move one.")
+    fixed = t.detach()
+    if not bool(torch.isfinite(fixed).all()):
+        raise ValueError(
+            "t must be finite; pad short rows by repeating their last time."
+        )
+    steps = fixed.diff(dim=-1)
+    monotone = (steps >= 0).all(dim=-1) | (steps <= 0).all(dim=-1)
+    if not bool(monotone.all()):
+        raise ValueError(
+            "t must not turn back: each row increases, or decreases, throughout. Sort "
+            "it, and pad short rows by repeating their last time."
+        )
+    return t if t.ndim == 2 else t.expand(len(y0), -1)
+
+
+def _nothing(y0: Tensor, times: Tensor, tolerance: Tolerance) -> Solution:
+    """Return the solution of no rows."""
+    zero = torch.zeros(0, dtype=torch.int64, device=y0.device)
+    stats = Statistics(zero.to(torch.int8), times[:, 0], zero, zero, zero)
+    return Solution(y0[:, None].expand(-1, times.shape[1], -1), stats, tolerance)

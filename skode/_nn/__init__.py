@@ -1,0 +1,1 @@
+"""Vector fields and the networks built around a solve."""
