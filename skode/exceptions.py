@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["SolverError", "SolverWarning"]
+__all__ = ["DivergenceError", "SolverError", "SolverWarning"]
 
 _MAX_ROWS_NAMED = 5
 
@@ -66,3 +66,28 @@ class SolverError(RuntimeError):
 
 class SolverWarning(UserWarning):
     """Something about the ODE solve deserves the user's attention."""
+
+
+class DivergenceError(RuntimeError):
+    """A fit whose loss stopped being finite, and that no lower learning rate saved.
+
+    Parameters
+    ----------
+    epoch : int
+        Epoch of the last attempt, from 1.
+    reason : str
+        What happened there.
+    """
+
+    def __init__(self, epoch: int, reason: str) -> None:
+        super().__init__(epoch, reason)
+        self.epoch = epoch
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Say when, why, what is kept, and what to do."""
+        return (
+            f"The fit diverged in epoch {self.epoch} and lower learning rates did not "
+            f"help. {self.reason} The best weights are kept, so the estimator can "
+            "predict; standardise the data, lower learning_rate_init, or raise alpha."
+        )

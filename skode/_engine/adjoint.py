@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from skode._engine.kernel import Kernel
-from skode._engine.loop import Step
+from skode._engine.observer import Step
 from skode._engine.plan import Plan
 from skode._engine.solution import Solution
 from skode._engine.tableau import Coefficients
@@ -34,7 +34,7 @@ class Adjoint(torch.autograd.Function):
     """Solve; keep the requested states; solve [y, a] backwards between them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, plan: Plan, y0: Tensor, times: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         ys, stats, _, _ = plan.forward(y0, times, record=False)
@@ -51,7 +51,7 @@ class Adjoint(torch.autograd.Function):
         return ys, *extras
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         ys, times, *_params = ctx.saved_tensors
         plan: Plan = ctx.plan

@@ -25,10 +25,10 @@ def backprop(plan: Plan, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]
     assert tape is not None
     coef = plan.coefficients(y0, times)
     y1, inside = _replay(plan.field, coef, tape, requests, y0, times)
-    ys = Requests.fill(requests, y0, y1, inside)
+    ys = requests.fill(y0, y1, inside)
     failed = stats.status != 0
     ys = torch.where(failed[:, None, None] & requests.at_end[:, :, None], torch.nan, ys)
-    return _idle_times(plan.field, ys, y0, times, requests), stats
+    return _idle_times(plan.field, ys, times, requests), stats
 
 
 def _replay(
@@ -84,15 +84,13 @@ def _inside(
     return interpolate(coef, theta, h[where].to(dtype), start[where], stages[:, where])
 
 
-def _idle_times(
-    field: Field, ys: Tensor, y0: Tensor, times: Tensor, requests: Requests
-) -> Tensor:
-    """Give times equal to the first one, which no step reaches, their gradient."""
-    idle = requests.at_start.clone()
-    idle |= (requests.times[:, :1] == requests.times[:, -1:]) & requests.at_end
-    idle[:, 0] = False
-    if not times.requires_grad or not bool(idle.any()):
+def _idle_times(field: Field, ys: Tensor, times: Tensor, requests: Requests) -> Tensor:
+    """Give times that repeat the first or the last one their own gradient."""
+    if not times.requires_grad:
         return ys
-    slope = field(times[:, 0].detach().to(y0.dtype), y0.detach()).detach()
-    move = (times - times[:, :1]).to(y0.dtype) * idle
-    return ys + move[:, :, None] * slope[:, None]
+    for column, idle in zip((0, -1), requests.idle(), strict=True):
+        if bool(idle.any()):
+            at, y = requests.times[:, column].to(ys.dtype), ys[:, column].detach()
+            move = (times - times[:, column, None]).to(ys.dtype) * idle
+            ys = ys + move[:, :, None] * field(at, y).detach()[:, None]
+    return ys

@@ -36,12 +36,12 @@ class Checkpoint(torch.autograd.Function):
     """Solve; keep (t, h, y) of each step; replay one step at a time backwards."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, plan: Plan, y0: Tensor, times: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         ys, stats, requests, tape = plan.forward(y0, times, record=True)
         ctx.plan, ctx.requests, ctx.tape = plan, requests, tape
-        ctx.save_for_backward(y0, times, *params)
+        ctx.save_for_backward(y0, ys[:, -1].clone(), *params)
         extras = (
             stats.status,
             stats.t,
@@ -53,13 +53,13 @@ class Checkpoint(torch.autograd.Function):
         return ys, *extras
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        y0, *_ = ctx.saved_tensors
+        y0, y1, *_params = ctx.saved_tensors
         needs_times = ctx.needs_input_grad[2]
         reverse = _Reverse(ctx.plan, ctx.tape, ctx.requests, grad, needs_times)
         grad_y0 = reverse.run(y0)
-        grad_times = reverse.times(y0) if needs_times else None
+        grad_times = reverse.times(y0, y1) if needs_times else None
         return None, grad_y0, grad_times, *reverse.kernel.gradients()
 
 
@@ -93,22 +93,18 @@ class _Reverse:
         at_start = requests.at_start.to(grad.dtype)
         return grad_y0 + torch.einsum("btd,bt->bd", grad, at_start)
 
-    def times(self, y0: Tensor) -> Tensor:
-        """Return dL/d times, (B, T), after `run`.
-
-        Times equal to the first one are reached by no step: moving one moves its
-        state by f(t0, y0), and moving t0 moves it back.
-        """
-        requests = self._requests
-        idle = requests.at_start.clone()
-        idle |= (requests.times[:, :1] == requests.times[:, -1:]) & requests.at_end
-        idle[:, 0] = False
-        if bool(idle.any()):
-            slope = torch.empty_like(y0)
-            self.kernel.evaluate(0, requests.times[:, 0].to(y0.dtype), y0, slope)
-            moved = torch.einsum("btd,bd->bt", self._grad, slope) * idle
-            self._grad_t += moved
-            self._grad_t[:, 0] -= moved.sum(dim=1)
+    def times(self, y0: Tensor, y1: Tensor) -> Tensor:
+        """Return dL/d times, (B, T), after `run`."""
+        times = self._requests.times
+        for column, idle, y in zip(
+            (0, -1), self._requests.idle(), (y0, y1), strict=True
+        ):
+            if bool(idle.any()):
+                slope = torch.empty_like(y)
+                self.kernel.evaluate(0, times[:, column].to(y.dtype), y, slope)
+                moved = torch.einsum("btd,bd->bt", self._grad, slope) * idle
+                self._grad_t += moved
+                self._grad_t[:, column] -= moved.sum(dim=1)
         return self._grad_t
 
     def _step(self, group: Group, u_all: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Error norm, first step and step-size control, row by row. B rows, D state."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,11 +34,11 @@ def error_ratio(
     """
     scale = torch.maximum(y0.abs(), y1.abs()).mul_(rtol).add_(atol)
     norm = torch.linalg.vector_norm(error.div_(scale), dim=-1)
-    return norm.mul_(error.shape[1] ** -0.5)
+    return norm.mul_(1.0 / math.sqrt(error.shape[1]))
 
 
 def _rms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1) * x.shape[1] ** -0.5
+    return torch.linalg.vector_norm(x, dim=-1) / math.sqrt(x.shape[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skode._engine.loop import Step
+from skode._engine.observer import Step
 from skode._engine.tableau import Coefficients
 
 
@@ -42,6 +42,18 @@ class Requests:
         at_start = (times == times[:, :1]) & ~at_end
         inside = times.shape[1] > 2 and not bool((at_start | at_end).all())
         return cls(times, at_start, at_end, inside)
+
+    def idle(self) -> tuple[Tensor, Tensor]:
+        """Return which times, (B, T), repeat the first one, and which the last one.
+
+        No step reaches or leaves them on their own account: their gradient is the
+        slope of the solution there, taken from the time that they repeat.
+        """
+        still = (self.times[:, :1] == self.times[:, -1:]).expand_as(self.times)
+        first, last = self.at_start | still, self.at_end & ~still
+        first[:, 0] = False
+        last[:, -1] = False
+        return first, last
 
     def fill(self, y0: Tensor, y1: Tensor, inside: Tensor | None) -> Tensor:
         """Return (B, T, D) states from those at the ends and those inside."""

@@ -1,50 +1,20 @@
 """Step until t1; knows nothing of gradients. B rows, A of them still on the way.
 
-Every row has its own time, step size, acceptance and status. Whoever wants to know
-of the steps (dense output, the tape of a gradient) is an observer.
+Every row has its own time, step size, acceptance and status.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from skode._engine.control import Controller, error_ratio
 from skode._engine.kernel import Kernel
+from skode._engine.observer import Observer, Step
 from skode._engine.solution import Statistics, Status, Tolerance
 from skode._engine.step import Workspace, fill_stages, stage_times
 from skode._engine.tableau import Coefficients
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One attempt by A rows, after acceptance was decided."""
-
-    rows: Tensor | None
-    """(A,) which rows of the batch; None: all, in order."""
-    moved: Tensor | None
-    """(A,) which of them were accepted; None: all."""
-    ordinal: Tensor
-    """(A,) accepted steps before this one."""
-    t: Tensor
-    """(A,)."""
-    t1: Tensor
-    """(A,) the end of the step."""
-    h: Tensor
-    """(A,) signed, in the dtype of the times."""
-    y: Tensor
-    """(A, D) before the step."""
-    k: Tensor
-    """(S + 1, A, D) stage derivatives, valid until the next step."""
-
-
-class Observer(Protocol):
-    """Is told of every step."""
-
-    def observe(self, step: Step) -> None:
-        """Take what is needed; `k` is overwritten by the next step."""
 
 
 @dataclass(slots=True)
@@ -286,5 +256,7 @@ def march(
     status = status.masked_fill(steps > tolerance.max_steps, Status.MAX_STEPS)
     status = status.masked_fill(~finite, Status.NON_FINITE)
     t = torch.where(reached == steps, t1, t0 + whole * reached)
-    nfe = taken * coef.stages + (total > 0)
+    nfe = taken * coef.stages + 1
+    if not observers:  # nobody asked for the slope at t1
+        nfe = nfe - ((taken == steps) & (steps > 0)).to(nfe.dtype)
     return y, Statistics(status, t, taken, torch.zeros_like(taken), nfe)

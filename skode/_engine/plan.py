@@ -8,7 +8,8 @@ from torch import Tensor
 from skode._engine.control import PIController
 from skode._engine.dense import DenseOutput, Requests
 from skode._engine.kernel import Field, Kernel, bind
-from skode._engine.loop import Observer, integrate, march
+from skode._engine.loop import integrate, march
+from skode._engine.observer import Observer
 from skode._engine.solution import Statistics, Tolerance
 from skode._engine.tableau import Coefficients, Tableau, coefficients
 from skode._engine.tape import Recorder, Tape

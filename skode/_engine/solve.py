@@ -99,7 +99,7 @@ def solve(
         ys, stats = backprop(plan, y0, times)
     else:
         function = Adjoint if gradient == "adjoint" else Checkpoint
-        ys, *columns = function.apply(plan, y0, times, *params)
+        ys, *columns = function.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
     return Solution(ys, stats, tolerance)
 

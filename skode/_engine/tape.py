@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skode._engine.dense import Events
-from skode._engine.loop import Step
+from skode._engine.observer import Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,160 @@
+"""Encoder -> solve -> head. B rows, F features, D state, T times, O outputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skode._engine.solve import METHODS, solve
+from skode._nn.fields import MLPField
+
+__all__ = ["METHODS", "Integration", "ODENet", "Standardizer", "build"]
+
+FieldFactory = Callable[[int], nn.Module]
+"""Called with the width of the state; returns a module f(t, y)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Integration:
+    """How to solve; read at every call, so that a fitted net can be solved anew."""
+
+    method: str
+    rtol: float
+    atol: float
+    step_size: float | None
+    max_steps: int
+    gradient: str
+
+
+class Standardizer(nn.Module):
+    """Shift and scale that travel with the weights."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shift: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (x - shift) / scale, (B, F)."""
+        return (x - self.shift) / self.scale
+
+
+class ZeroAugment(nn.Module):
+    """Append zeros to the features (Dupont, Doucet & Teh 2019, arXiv:1904.01681)."""
+
+    def __init__(self, n_features: int, width: int) -> None:
+        super().__init__()
+        self._extra = width - n_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D)."""
+        return F.pad(x, (0, self._extra))
+
+
+class ODENet(nn.Module):
+    """A residual network of continuous depth, from t = 0 to t = 1.
+
+    Parameters
+    ----------
+    scaler : Standardizer
+        Of the features.
+    encoder : Module
+        (B, F) -> (B, D).
+    field : Module
+        f(t, y) with t (B,) and y (B, D).
+    head : Module
+        (B, D) -> (B, O).
+    """
+
+    def __init__(
+        self, scaler: nn.Module, encoder: nn.Module, field: nn.Module, head: nn.Module
+    ) -> None:
+        super().__init__()
+        self.scaler = scaler
+        self.encoder = encoder
+        self.field = field
+        self.head = head
+
+    def forward(self, x: Tensor, how: Integration) -> Tensor:
+        """Return outputs (B, O)."""
+        outputs: Tensor = self.head(self.final_state(x, how))
+        return outputs
+
+    def final_state(self, x: Tensor, how: Integration) -> Tensor:
+        """Return the state at t = 1, (B, D)."""
+        return self.trajectory(x, x.new_tensor([0.0, 1.0]), how)[:, -1]
+
+    def trajectory(self, x: Tensor, times: Tensor, how: Integration) -> Tensor:
+        """Return the states at `times` (T,), the first of which is 0: (B, T, D)."""
+        return (
+            solve(
+                self.field,
+                self.encoder(self.scaler(x)),
+                times,
+                params=tuple(self.field.parameters()),
+                method=how.method,
+                rtol=how.rtol,
+                atol=how.atol,
+                step_size=how.step_size,
+                max_steps=how.max_steps,
+                gradient=how.gradient,
+            )
+            .require_success()
+            .ys
+        )
+
+    def evaluations(self, x: Tensor, how: Integration) -> Tensor:
+        """Return the evaluations of the field that each row takes, (B,)."""
+        return solve(
+            self.field,
+            self.encoder(self.scaler(x)),
+            x.new_tensor([0.0, 1.0]),
+            method=how.method,
+            rtol=how.rtol,
+            atol=how.atol,
+            step_size=how.step_size,
+            max_steps=how.max_steps,
+        ).stats.nfe
+
+
+def build(
+    scaler: Standardizer,
+    n_outputs: int,
+    *,
+    encoder: str,
+    width: int,
+    hidden: tuple[int, ...],
+    activation: str,
+    field: FieldFactory | None,
+) -> ODENet:
+    """Return an untrained net; draws from torch's global generator.
+
+    Raises
+    ------
+    TypeError
+        If `field` does not return a module.
+    ValueError
+        If zero augmentation has no room for the features.
+    """
+    n_features = len(scaler.shift)
+    enter: nn.Module
+    if encoder == "linear":
+        enter = nn.Linear(n_features, width)
+    elif width < n_features:
+        raise ValueError(
+            f"encoder='augment' appends zeros to the {n_features} features, so "
+            f"state_size must be at least {n_features}, got {width}."
+        )
+    else:
+        enter = ZeroAugment(n_features, width)
+    inner = MLPField(width, hidden, activation) if field is None else field(width)
+    if not isinstance(inner, nn.Module):
+        raise TypeError(
+            "field must be a callable that takes the width of the state and returns a "
+            f"torch.nn.Module f(t, y), got {type(inner).__name__}."
+        )
+    return ODENet(scaler, enter, inner, nn.Linear(width, n_outputs))

@@ -1,0 +1,269 @@
+"""Minibatches, optimiser, schedule, early stopping and recovery; for any module.
+
+The learning rate rises over the first epochs, stays, and falls to zero at the end:
+over the last third of `max_iter`, or as soon as the best loss has not improved by
+`tol` for `n_iter_no_change` epochs.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from skode.exceptions import DivergenceError, SolverError, SolverWarning
+
+Objective = Callable[[Tensor], Tensor]
+"""Indices of rows -> their loss, a scalar."""
+
+_WARM_UP = 5
+_DECAY_SHARE = 0.35
+_RECOVERIES = 5
+_CLIP = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How to train; fields as the estimators' parameters of the same names."""
+
+    max_iter: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str
+    alpha: float
+    tol: float
+    n_iter_no_change: int
+    verbose: bool
+
+
+@dataclass(slots=True)
+class History:
+    """What happened."""
+
+    loss: list[float] = field(default_factory=list)
+    """Mean training loss of each epoch."""
+    scores: list[float] = field(default_factory=list)
+    """Validation score of each epoch; empty without validation."""
+    best_score: float | None = None
+    converged: bool = False
+    interrupted: bool = False
+
+
+def make_optimizer(module: nn.Module, how: Training) -> torch.optim.Optimizer:
+    """Return the optimiser; `alpha` decays matrices, never biases."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": how.alpha},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if how.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=how.learning_rate, momentum=0.9, nesterov=True
+        )
+    return torch.optim.AdamW(groups, lr=how.learning_rate, betas=(0.9, 0.99))
+
+
+def train(
+    module: nn.Module,
+    objective: Objective,
+    n_rows: int,
+    how: Training,
+    generator: torch.Generator,
+    validate: Callable[[], float] | None = None,
+    history: History | None = None,
+) -> History:
+    """Train in place; return what happened.
+
+    Parameters
+    ----------
+    validate : callable or None, default=None
+        Returns a score, larger is better. The weights of the best one are kept, and
+        training stops when it has not improved by `tol` for `n_iter_no_change`
+        epochs.
+
+    Raises
+    ------
+    DivergenceError
+        If lower learning rates did not help against a loss that is not finite. The
+        module then has the weights of its best epoch.
+    """
+    history = History() if history is None else history
+    keeper = _Keeper(module)
+    schedule = _Schedule(how)
+    optimizer = make_optimizer(module, how)
+    epochs = tqdm(range(how.max_iter), disable=not how.verbose, unit="epoch")
+    recoveries = 0
+    scale = 1.0
+    try:
+        for epoch in epochs:
+            factor = schedule.factor(epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = how.learning_rate * factor * scale
+            try:
+                loss = _epoch(
+                    module, objective, n_rows, how.batch_size, optimizer, generator
+                )
+                score = None if validate is None else validate()
+            except (SolverError, FloatingPointError) as error:
+                recoveries += 1
+                keeper.restore()
+                if recoveries > _RECOVERIES:
+                    raise DivergenceError(epoch + 1, str(error)) from error
+                scale *= 0.3
+                optimizer = make_optimizer(module, how)
+                warnings.warn(
+                    f"Epoch {epoch + 1} diverged ({error}) Went back to the best "
+                    f"weights and lowered the learning rate to "
+                    f"{how.learning_rate * scale:.3g}; set learning_rate_init to "
+                    "that to avoid this.",
+                    SolverWarning,
+                    stacklevel=2,
+                )
+                continue
+            history.loss.append(loss)
+            if score is not None:
+                history.scores.append(score)
+            keeper.keep(-loss if score is None else score)
+            epochs.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            if validate is None:
+                schedule.watch(epoch, loss)
+            else:
+                schedule.watch(epoch, -history.scores[-1])
+            if schedule.done(epoch):
+                break
+    except KeyboardInterrupt:
+        history.interrupted = True
+        keeper.restore()
+        warnings.warn(
+            f"Interrupted after {len(history.loss)} epochs: the best weights so far "
+            "are kept and the estimator is fitted.",
+            SolverWarning,
+            stacklevel=2,
+        )
+    finally:
+        epochs.close()
+    if validate is not None:
+        keeper.restore()
+        history.best_score = max(history.scores, default=None)
+    history.converged = schedule.converged
+    return history
+
+
+def train_once(
+    module: nn.Module,
+    objective: Objective,
+    n_rows: int,
+    how: Training,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> float:
+    """Train for one epoch at the full learning rate; return its mean loss.
+
+    Raises
+    ------
+    DivergenceError
+        If the loss was not finite; the module keeps the weights it came with.
+    """
+    keeper = _Keeper(module)
+    try:
+        return _epoch(module, objective, n_rows, how.batch_size, optimizer, generator)
+    except (SolverError, FloatingPointError) as error:
+        keeper.restore()
+        raise DivergenceError(1, str(error)) from error
+
+
+def _epoch(
+    module: nn.Module,
+    objective: Objective,
+    n_rows: int,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> float:
+    """Go over all rows once; return the mean loss."""
+    total = 0.0
+    order = (
+        torch.randperm(n_rows, generator=generator)
+        if batch_size < n_rows
+        else torch.arange(n_rows)
+    )
+    for rows in _batches(order, batch_size):
+        optimizer.zero_grad(set_to_none=True)
+        loss = objective(rows)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError("The loss is not finite.")
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), _CLIP)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError("The gradient is not finite.")
+        optimizer.step()
+        total += value * len(rows)
+    return total / n_rows
+
+
+def _batches(order: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+    """Split into batches of nearly equal size, none larger than `batch_size`."""
+    return order.tensor_split(max(1, math.ceil(len(order) / batch_size)))
+
+
+class _Keeper:
+    """Remembers the best weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._best = -math.inf
+        self._state = copy.deepcopy(module.state_dict())
+
+    def keep(self, score: float) -> None:
+        """Copy the weights if `score` is the best so far."""
+        if score > self._best:
+            self._best = score
+            for name, value in self._module.state_dict().items():
+                self._state[name].copy_(value)
+
+    def restore(self) -> None:
+        """Put the best weights back."""
+        self._module.load_state_dict(self._state)
+
+
+class _Schedule:
+    """Warm-up, plateau, decay; and when to stop."""
+
+    def __init__(self, how: Training) -> None:
+        self._how = how
+        self._warm_up = min(_WARM_UP, max(1, how.max_iter // 10))
+        self._decay = max(1, round(_DECAY_SHARE * how.max_iter))
+        self._start = how.max_iter - self._decay
+        self._bests: list[float] = []
+        self.converged = False
+        """Whether the best loss fell by less than `tol` an epoch, lately."""
+
+    def factor(self, epoch: int) -> float:
+        """Return the share of the learning rate for an epoch."""
+        rise = min(1.0, (epoch + 1) / self._warm_up)
+        if epoch < self._start:
+            return rise
+        left = 1.0 - (epoch - self._start) / self._decay
+        return rise * max(left, 0.0)
+
+    def watch(self, epoch: int, loss: float) -> None:
+        """Take note of an epoch's loss; bring the decay forward on a plateau."""
+        patience, tol = self._how.n_iter_no_change, self._how.tol
+        self._bests.append(min(loss, self._bests[-1] if self._bests else math.inf))
+        if len(self._bests) <= patience:
+            return
+        gain = self._bests[-1 - patience] - self._bests[-1]
+        self.converged = gain < tol * patience
+        if gain < tol and epoch < self._start:
+            self._start = epoch + 1
+            self._decay = min(self._decay, max(patience, epoch // 2))
+
+    def done(self, epoch: int) -> bool:
+        """Return whether the learning rate has come down to zero."""
+        return epoch + 1 >= self._start + self._decay
