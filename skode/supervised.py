@@ -1022,7 +1022,9 @@ def _new_net(est, X, weight, task):
     """Return an untrained net for the rows of X."""
     width = est.state_size
     if width == "auto":
-        width = 16 if est.encoder == "linear" else X.shape[1] + 5
+        width = X.shape[1] + 5
+        if est.encoder == "linear":
+            width = min(64, max(16, X.shape[1]))
     est.state_size_ = width
     shift, scale = np.zeros(X.shape[1]), np.ones(X.shape[1])
     if est.standardize:

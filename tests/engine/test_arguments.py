@@ -42,7 +42,9 @@ def test_states_of_a_wrong_shape(y0):
 @pytest.mark.parametrize("name", ["y0", "t"])
 def test_arguments_that_are_no_floats(name, bad):
     kind = str(bad.dtype) if isinstance(bad, torch.Tensor) else type(bad).__name__
-    with pytest.raises(TypeError, match=f"{name} must be a tensor of floats, got {kind}"):
+    with pytest.raises(
+        TypeError, match=f"{name} must be a tensor of floats, got {kind}"
+    ):
         ask(**{name: bad})
 
 

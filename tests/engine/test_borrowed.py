@@ -27,7 +27,8 @@ ERROR = {"fehlberg2": 1e-3, "heun3": 1e-5, "scipy_solver": 1e-4}
 
 
 def settings_for(method):
-    tolerance = 1e-4 if method == "fehlberg2" else 1e-6
+    # fehlberg2 takes the error for a fraction of what it is.
+    tolerance = 1e-7 if method == "fehlberg2" else 1e-6
     return {"method": method, "rtol": tolerance, "atol": tolerance, "step_size": 0.01}
 
 
@@ -70,7 +71,7 @@ def test_times_may_be_more_precise_than_states(method, reference):
 @pytest.mark.parametrize("method", BORROWED)
 def test_company_does_not_change_a_row(method, rows):
     y0 = normal(6, 3, seed=1)
-    settings = {**settings_for(method), "rtol": 1e-2, "atol": 1e-2, "step_size": 0.1}
+    settings = {**settings_for(method), "rtol": 1e-2, "atol": 1e-2, "step_size": 0.05}
     whole = solve(perceptron(), y0, TIMES, **settings).ys
     part = solve(perceptron(), y0[rows], TIMES[rows], **settings).ys
     torch.testing.assert_close(part, whole[rows], rtol=0, atol=1e-11)
@@ -107,14 +108,18 @@ def test_gradients_are_those_of_the_closed_form(method, gradient):
         if exactly:
             ys = Linear(matrix).exact(y0, TIMES)
         else:
-            ys = solve(
-                Linear(matrix),
-                y0,
-                TIMES,
-                params=(matrix,),
-                gradient=gradient,
-                **settings_for(method),
-            ).require_success().ys
+            ys = (
+                solve(
+                    Linear(matrix),
+                    y0,
+                    TIMES,
+                    params=(matrix,),
+                    gradient=gradient,
+                    **settings_for(method),
+                )
+                .require_success()
+                .ys
+            )
         grads.append(torch.autograd.grad((ys * weights).sum(), (y0, matrix)))
     for wanted, ours in zip(*grads, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=5e-3)
@@ -195,22 +200,26 @@ def test_max_steps_end_them_all(method):
         solution.require_success()
 
 
+# An implicit method of torchdiffeq warns of what our status tells, too.
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("method", BORROWED)
 def test_a_blow_up_is_a_status(method, dtype):
     y0 = torch.tensor([[0.1], [1.0]], dtype=dtype)
     times = torch.tensor([0.0, 0.5, 3.0], dtype=dtype)
     solution = solve(
-        lambda t, y: y**2, y0, times, method=method, step_size=0.01, max_steps=1000
+        lambda t, y: y**2, y0, times, method=method, step_size=0.05, max_steps=100
     )
     assert solution.stats.status[0] == Status.SUCCESS
-    assert solution.y1[0].item() == pytest.approx(0.1 / 0.7, rel=1e-2)
+    assert solution.y1[0].item() == pytest.approx(0.1 / 0.7, rel=5e-2)
     assert solution.stats.status[1] != Status.SUCCESS
     assert solution.ys[1, 2].isnan().all()
     with pytest.raises(SolverError, match="1 of 2 rows"):
         solution.require_success()
 
 
+# An implicit method of torchdiffeq warns of what our status tells, too.
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
 @pytest.mark.parametrize("when", [-1.0, 0.5], ids=["always", "after half"])
 @pytest.mark.parametrize("method", BORROWED)
 def test_nan_is_a_status(method, when):
@@ -219,10 +228,24 @@ def test_nan_is_a_status(method, when):
 
     y0 = torch.ones(1, 2, dtype=torch.float64)
     times = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
-    solution = solve(field, y0, times, method=method, step_size=0.01, max_steps=1000)
+    solution = solve(field, y0, times, method=method, step_size=0.02, max_steps=100)
     assert solution.stats.status[0] != Status.SUCCESS
     assert solution.ys[0, -1].isnan().all()
     assert torch.equal(solution.ys[:, 0], y0)
+
+
+def test_an_adjoint_of_too_many_steps_is_an_error_of_ours():
+    def field(t, y):
+        return -y
+
+    y0 = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    settings = {"method": "RK45", "rtol": 1e-4, "atol": 1e-4, "max_steps": 1}
+    ys = solve(field, y0, times, **settings).require_success().ys
+    with pytest.raises(SolverError, match="reached max_steps") as error:
+        for _ in range(50):
+            ys.sum().backward(retain_graph=True)
+    assert error.value.status == "MAX_STEPS"
 
 
 @pytest.mark.parametrize("method", ["heun3", "RK45"])

@@ -88,9 +88,7 @@ def test_gradients_are_those_of_the_closed_form(gradient, method):
         torch.testing.assert_close(grad, wanted_grad, rtol=0, atol=1e-7)
 
 
-def replay(
-    gradient, method, times, dtype=torch.float64, tolerance=1e-3, scale=12.0
-):
+def replay(gradient, method, times, dtype=torch.float64, tolerance=1e-3, scale=12.0):
     """Return the solution and gradients of a field that refuses some steps."""
     field = perceptron(scale=scale, dtype=dtype)
     y0 = normal(len(RAGGED), 3, seed=1, dtype=dtype).requires_grad_()
@@ -127,7 +125,8 @@ def test_checkpoint_is_backprop_to_rounding(method, key):
     torch.testing.assert_close(ours.ys, plain.ys, rtol=0, atol=1e-10)
     for ours_, plain_ in zip(our_grads, plain_grads, strict=True):
         assert plain_.abs().max() > 1e-3
-        torch.testing.assert_close(ours_, plain_, rtol=1e-9, atol=1e-10)
+        scale = float(plain_.abs().max())
+        torch.testing.assert_close(ours_, plain_, rtol=0, atol=1e-8 * scale)
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
@@ -227,9 +226,7 @@ def test_no_graph_without_grad(method, gradient):
     with torch.no_grad():
         ys = solve(field, y0, SHARED, params=field.params, **settings).ys
     assert not ys.requires_grad
-    assert solve(
-        field, y0, SHARED, params=field.params, **settings
-    ).ys.requires_grad
+    assert solve(field, y0, SHARED, params=field.params, **settings).ys.requires_grad
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

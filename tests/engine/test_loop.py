@@ -235,7 +235,9 @@ def test_every_row_has_its_own_step_acceptance_and_memory():
 def test_observers_can_put_the_rows_together_again():
     record = Record()
     ends = torch.tensor([0.25, 1.0, 0.0, 2.0, -0.5, 4.0], dtype=torch.float64)
-    y, stats = walk(Halving(0.3), ends, rhs=lambda t, y: t[:, None] + y, observers=[record])
+    y, stats = walk(
+        Halving(0.3), ends, rhs=lambda t, y: t[:, None] + y, observers=[record]
+    )
     t = torch.zeros_like(ends)
     count = torch.zeros(len(ends), dtype=torch.int64)
     states = torch.zeros(len(ends), 2, dtype=torch.float64)
@@ -299,9 +301,7 @@ def test_marching_divides_every_span_evenly():
     torch.testing.assert_close(y[:, 0], torch.tensor(ends, dtype=torch.float64))
     for row, (end, steps) in enumerate(zip(ends, [10, 1, 0, 4, 3], strict=True)):
         mine = [
-            step
-            for step in record.steps
-            if step.moved is None or bool(step.moved[row])
+            step for step in record.steps if step.moved is None or bool(step.moved[row])
         ]
         assert len(mine) == steps
         assert [step.ordinal[row].item() for step in mine] == list(range(steps))

@@ -141,9 +141,7 @@ def test_a_row_that_blows_up_does_not_change_its_neighbours_gradient(method, gra
         ys = solve(
             blow_up_or_decay, y0, t, method=method, step_size=0.05, gradient=gradient
         ).ys
-        grads.append(
-            [g[good] for g in torch.autograd.grad(ys[good].sum(), (y0, t))]
-        )
+        grads.append([g[good] for g in torch.autograd.grad(ys[good].sum(), (y0, t))])
     for together, alone in zip(*grads, strict=True):
         torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
 

@@ -1,0 +1,209 @@
+"""
+==========
+Quickstart
+==========
+
+A neural ODE as a scikit-learn classifier, on tables that ship with scikit-learn:
+
+1. search over the ODE solver and its tolerance with `GridSearchCV`;
+2. compare with two models of scikit-learn on the same splits;
+3. predict intervals with a regressor;
+4. trade precision against speed with a fitted model, without fitting it again.
+
+Run it with ``make quickstart``, or with ``python examples/plot_quickstart.py``; the name
+of another picture may follow. It takes about half a minute on four cores.
+"""
+
+# %%
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from joblib import parallel_config
+from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import (
+    GridSearchCV,
+    KFold,
+    StratifiedKFold,
+    cross_val_score,
+    train_test_split,
+)
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from skode import ODEClassifier, ODERegressor
+
+started = time.perf_counter()
+
+# %%
+# Search over the solver and its tolerance
+# ----------------------------------------
+# Breast cancer: 569 rows, 30 features, two classes. The solver is a parameter like any
+# other. `rtol` is the relative error that the solver may make in a step; `atol`, the
+# absolute one, is what counts where the state is small, and is lowered here so that
+# `rtol` decides.
+#
+# Every worker of the search uses one thread: four fits at once on four cores are faster
+# than four threads for each fit.
+
+X, y = load_breast_cancer(return_X_y=True)
+X_train, X_test, y_train, y_test = train_test_split(X, y, stratify=y, random_state=0)
+
+pipeline = Pipeline(
+    [
+        ("scale", StandardScaler()),
+        ("ode", ODEClassifier(atol=1e-3, random_state=0)),
+    ]
+)
+grid = {
+    "ode__solver": ["dopri5", "tsit5", "bosh3"],
+    "ode__rtol": [1e-1, 1e-2, 1e-3],
+}
+search = GridSearchCV(pipeline, grid, cv=3, n_jobs=-1)
+with parallel_config("loky", inner_max_num_threads=1):
+    search.fit(X_train, y_train)
+
+print("Accuracy of the search's nine candidates (mean of three folds)")
+print(f"{'solver':>10}" + "".join(f"  rtol={rtol:g}" for rtol in grid["ode__rtol"]))
+scores = search.cv_results_["mean_test_score"].reshape(3, 3)  # (rtol, solver)
+for solver, row in zip(grid["ode__solver"], scores.T, strict=True):
+    print(f"{solver:>10}" + "".join(f"{score:10.3f}" for score in row))
+print(f"best: {search.best_params_}")
+print(f"held-out accuracy: {search.score(X_test, y_test):.3f}\n")
+
+# %%
+# Compare on the same splits
+# --------------------------
+# Five folds of the whole table, the same for all three models. No model is tuned.
+
+classifiers = {
+    "ODEClassifier": ODEClassifier(random_state=0),
+    "MLPClassifier": MLPClassifier(max_iter=1000, random_state=0),
+    "LogisticRegression": LogisticRegression(),
+}
+folds = StratifiedKFold(5, shuffle=True, random_state=0)
+print("Held-out accuracy, breast cancer (mean and spread of five folds)")
+with parallel_config("loky", inner_max_num_threads=1):
+    for name, classifier in classifiers.items():
+        model = make_pipeline(StandardScaler(), classifier)
+        accuracy = cross_val_score(model, X, y, cv=folds, n_jobs=-1)
+        print(f"{name:>20} {accuracy.mean():.3f} +- {accuracy.std():.3f}")
+print()
+
+# %%
+# A regressor with intervals
+# --------------------------
+# Diabetes: 442 rows, 10 features. The table is small and noisy, so early stopping is
+# switched on. With ``loss="gaussian"`` the model learns how far a target may lie from
+# its prediction, row by row.
+
+X_diabetes, y_diabetes = load_diabetes(return_X_y=True)
+regressors = {
+    "ODERegressor": ODERegressor(loss="gaussian", early_stopping=True, random_state=0),
+    "MLPRegressor": MLPRegressor(early_stopping=True, max_iter=1000, random_state=0),
+    "Ridge": Ridge(),
+}
+folds = KFold(5, shuffle=True, random_state=0)
+print("Held-out R2, diabetes (mean and spread of five folds)")
+with parallel_config("loky", inner_max_num_threads=1):
+    for name, regressor in regressors.items():
+        model = make_pipeline(StandardScaler(), regressor)
+        r2 = cross_val_score(model, X_diabetes, y_diabetes, cv=folds, n_jobs=-1)
+        print(f"{name:>20} {r2.mean():.3f} +- {r2.std():.3f}")
+
+train, test = next(folds.split(X_diabetes))
+regressor = regressors["ODERegressor"].fit(X_diabetes[train], y_diabetes[train])
+mean, std = regressor.predict(X_diabetes[test], return_std=True)
+inside = np.abs(y_diabetes[test] - mean) < 1.645 * std
+print(f"inside the 90 % interval: {inside.mean():.0%} of {len(test)} rows\n")
+
+# %%
+# Precision against speed, without a new fit
+# ------------------------------------------
+# The solver is read again at each prediction. One fitted model is asked at tolerances
+# from 1 to 1e-6, and tells how often it evaluated its vector field, which is the price
+# of a prediction. The reference is its own prediction at 1e-8.
+
+model = search.best_estimator_
+scaler, ode = model["scale"], model["ode"]
+rows = scaler.transform(X_test)
+reference = ode.set_params(rtol=1e-8, atol=1e-8).predict_proba(rows)
+
+tolerances = 10.0 ** np.arange(0, -7, -1)
+accuracies, evaluations, changes = [], [], []
+for tolerance in tolerances:
+    ode.set_params(rtol=tolerance, atol=tolerance)
+    accuracies.append(ode.score(rows, y_test))
+    evaluations.append(ode.evaluations(rows).mean())
+    changes.append(np.abs(ode.predict_proba(rows) - reference).max())
+
+print("One fitted model at several tolerances")
+print(f"{'rtol=atol':>10} {'accuracy':>10} {'evaluations':>12} {'largest change of p':>20}")
+for line in zip(tolerances, accuracies, evaluations, changes, strict=True):
+    print("{:10.0e} {:10.3f} {:12.1f} {:20.1e}".format(*line))
+
+# %%
+# The picture
+# -----------
+# Left: what the tolerance changes and what it costs. Right: where the ODE takes the
+# held-out rows from t = 0 to t = 1, in the two directions in which they differ most at
+# the end.
+
+ode.set_params(rtol=1e-4, atol=1e-4)
+paths = ode.trajectory(rows, np.linspace(0, 1, 41))  # (rows, times, state)
+plane = PCA(n_components=2).fit(paths[:, -1])
+flat = plane.transform(paths.reshape(-1, paths.shape[2])).reshape(*paths.shape[:2], 2)
+
+BLUE, ORANGE, GREY = "#2a6f97", "#d1603d", "#5c677d"
+plt.rcParams.update({"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"})
+fig, (left, right) = plt.subplots(
+    ncols=2, figsize=(10, 4.2), layout="constrained", width_ratios=(1.1, 1)
+)
+
+left.semilogx(tolerances, accuracies, "o-", color=BLUE)
+left.set(
+    title="One fitted model, seven tolerances",
+    xlabel="tolerance (rtol = atol)",
+    ylim=(0.8, 1.005),
+)
+left.set_ylabel("accuracy on held-out rows", color=BLUE)
+left.tick_params(axis="y", colors=BLUE)
+left.invert_xaxis()
+left.grid(axis="y", alpha=0.25)
+price = left.twinx()
+price.semilogx(tolerances, evaluations, "s--", color=ORANGE)
+price.set_ylim(0, 1.15 * max(evaluations))
+price.set_ylabel("evaluations of the vector field, per row", color=ORANGE)
+price.tick_params(axis="y", colors=ORANGE)
+
+names = load_breast_cancer().target_names
+for label, color in ((0, ORANGE), (1, BLUE)):
+    some = flat[y_test == label]
+    right.plot(*some.transpose(2, 1, 0), color=color, linewidth=0.7, alpha=0.35)
+    right.scatter(*some[:, 0].T, s=5, color=GREY, alpha=0.6, zorder=2)
+    right.scatter(*some[:, -1].T, s=16, color=color, zorder=3, label=names[label])
+right.scatter([], [], s=5, color=GREY, label="start")
+right.set(
+    title="Where the ODE takes each held-out row",
+    xlabel="first principal component of the end states",
+    ylabel="second",
+)
+right.legend(frameon=False)
+for axes in (left, price, right):
+    axes.spines["top"].set_visible(False)
+right.spines["right"].set_visible(False)
+
+# %%
+# Into the documentation's pictures, or next to this file where there are none.
+
+here = Path(__file__).resolve().parent
+static = here.parent / "docs" / "_static"
+folder = static if static.is_dir() else here
+picture = Path(sys.argv[1]) if len(sys.argv) > 1 else folder / "quickstart.png"
+fig.savefig(picture, dpi=120)
+print(f"\n{picture} written; {time.perf_counter() - started:.0f} s in all")

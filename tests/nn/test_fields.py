@@ -1,0 +1,129 @@
+"""`MLPField` and the kernel that is its fused twin."""
+
+import pytest
+import torch
+
+from skode._engine.kernel import AutogradKernel, bind
+from skode._engine.solve import solve
+from skode._nn.fields import ACTIVATIONS, MLPField, MLPKernel
+from tests.problems import normal
+
+DEPTHS = [(), (6,), (6, 5)]
+SLOTS = 3
+each_field = pytest.mark.parametrize("activation", ACTIVATIONS)
+each_depth = pytest.mark.parametrize("hidden", DEPTHS, ids=len)
+
+
+def field_of(hidden, activation, dim=3, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MLPField(dim, hidden, activation).double()
+
+
+def close(ours, wanted):
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+@each_field
+@each_depth
+def test_the_kernel_agrees_with_autograd(activation, hidden):
+    field = field_of(hidden, activation)
+    params = tuple(field.parameters())
+    fused, plain = field.kernel(params, SLOTS), AutogradKernel(field, params, SLOTS)
+    # Fewer rows than before, then more: the fused kernel reuses its memory.
+    for round_, rows in enumerate([4, 2, 5]):
+        for slot in range(SLOTS):
+            seed = 10 * round_ + slot
+            t, y = normal(rows, seed=seed), 2 * normal(rows, 3, seed=100 + seed)
+            v = normal(rows, 3, seed=200 + seed)
+            for name in ("evaluate", "linearize"):
+                ours, wanted = torch.empty_like(y), torch.empty_like(y)
+                getattr(fused, name)(slot, t, y, ours)
+                getattr(plain, name)(slot, t, y, wanted)
+                close(ours, wanted)
+                close(ours, field(t, y).detach())
+            fused.pull(slot, v, ours)
+            plain.pull(slot, v, wanted)
+            close(ours, wanted)
+            close(fused.pull_time(slot), plain.pull_time(slot))
+        fused.accumulate(SLOTS)
+        plain.accumulate(SLOTS)
+    for ours, wanted, param in zip(
+        fused.gradients(), plain.gradients(), params, strict=True
+    ):
+        assert ours.shape == param.shape
+        close(ours, wanted)
+
+
+def test_only_the_slots_asked_for_are_summed():
+    field = field_of((6,), "tanh")
+    params = tuple(field.parameters())
+    sums = []
+    for used in (1, 2):
+        kernel = field.kernel(params, SLOTS)
+        for slot in range(used):
+            out = torch.empty(4, 3, dtype=torch.float64)
+            kernel.linearize(slot, normal(4, seed=slot), normal(4, 3, seed=slot), out)
+            kernel.pull(slot, normal(4, 3, seed=9 + slot), out)
+        kernel.accumulate(1)
+        sums.append(kernel.gradients())
+    for one, other in zip(*sums, strict=True):
+        close(one, other)
+
+
+def test_a_kernel_that_pulled_nothing_has_no_gradient():
+    field = field_of((6,), "tanh")
+    kernel = field.kernel(tuple(field.parameters()), SLOTS)
+    assert kernel.gradients() == (None,) * 6
+
+
+def test_other_parameters_get_the_kernel_of_autograd():
+    field, other = field_of((6,), "tanh"), field_of((6,), "tanh", seed=1)
+    own = tuple(field.parameters())
+    assert isinstance(bind(field, own, SLOTS), MLPKernel)
+    assert isinstance(bind(field, (), SLOTS), MLPKernel)
+    assert isinstance(bind(field, own[:-1], SLOTS), AutogradKernel)
+    assert isinstance(bind(field, tuple(other.parameters()), SLOTS), AutogradKernel)
+
+
+@each_field
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
+def test_gradients_of_a_solve_are_those_of_backprop(activation, gradient):
+    field = field_of((6, 5), activation)
+    y0 = normal(4, 3, seed=1).requires_grad_()
+    t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    params = tuple(field.parameters())
+    # The adjoint is exact only up to the tolerance: for relu, whose kinks the
+    # solver steps over, it is looser.
+    exact = gradient == "checkpoint"
+    tight = 1e-3 if exact else 1e-9
+
+    def gradients(how, of):
+        ys = solve(
+            of, y0, t, params=params, rtol=tight, atol=tight, gradient=how
+        ).require_success()
+        return torch.autograd.grad(ys.ys.square().sum(), (y0, *params))
+
+    wanted = gradients("backprop", lambda t, y: field(t, y))
+    tolerance = 1e-10 if exact else (1e-3 if activation == "relu" else 1e-6)
+    for ours, reference in zip(gradients(gradient, field), wanted, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+
+
+@each_depth
+def test_every_layer_feels_time(hidden):
+    field = field_of(hidden, "tanh")
+    y = normal(2, 3, seed=0)
+    early, late = (field(torch.full((2,), t).double(), y) for t in (0.0, 1.0))
+    assert (early - late).abs().min() > 1e-6
+    assert len(field.shifts) == len(hidden) + 1
+    for shift in field.shifts:
+        shift.data.zero_()
+    assert torch.equal(*(field(torch.full((2,), t).double(), y) for t in (0.0, 1.0)))
+
+
+def test_a_field_without_hidden_layers_is_linear():
+    field = field_of((), "relu")
+    t, y, z = torch.zeros(2).double(), normal(2, 3, seed=0), normal(2, 3, seed=1)
+    zero = field(t, torch.zeros_like(y))
+    close(field(t, y + z) - zero, field(t, y) + field(t, z) - 2 * zero)
