@@ -134,10 +134,14 @@ def weighted_moments(
 
     Weights count rows: a row of weight two is two rows.
     """
-    mean = np.average(values.astype(np.float64), axis=0, weights=weight)
-    variance = np.average((values - mean) ** 2, axis=0, weights=weight)
-    std = np.sqrt(variance)
-    # A constant column computed in floating point has a spread of rounding alone.
+    # Relative to a row that counts, a constant column is exactly 0, however many rows
+    # are summed; in one order of memory, frames and arrays give the same bits.
+    origin = values[np.argmax(weight > 0)].astype(np.float64)
+    centred = np.subtract(values, origin, order="C")
+    offset = np.average(centred, axis=0, weights=weight)
+    std = np.sqrt(np.average((centred - offset) ** 2, axis=0, weights=weight))
+    mean = origin + offset
+    # A column that should be constant may have a spread of rounding alone.
     constant = std <= 10 * np.finfo(values.dtype).eps * np.abs(mean)
     return mean, np.where(constant | (std == 0), 1.0, std)
 
@@ -170,12 +174,9 @@ def check_weights(sample_weight, X: np.ndarray) -> np.ndarray:
     ValueError
         If a weight is negative, or all are 0.
     """
-    weight = _check_sample_weight(
+    return _check_sample_weight(
         sample_weight, X, dtype=np.float64, ensure_non_negative=True
     )
-    if not weight.any():
-        raise ValueError("sample_weight must not be 0 for every row.")
-    return weight
 
 
 def torch_dtype(dtype: str, X: np.ndarray) -> torch.dtype:

@@ -48,9 +48,13 @@ class History:
     """Mean training loss of each epoch."""
     scores: list[float] = field(default_factory=list)
     """Validation score of each epoch; empty without validation."""
-    best_score: float | None = None
     converged: bool = False
     interrupted: bool = False
+
+    @property
+    def best_score(self) -> float | None:
+        """The largest validation score."""
+        return max(self.scores, default=None)
 
 
 def make_optimizer(module: nn.Module, how: Training) -> torch.optim.Optimizer:
@@ -104,6 +108,7 @@ def train(
             factor = schedule.factor(epoch)
             for group in optimizer.param_groups:
                 group["lr"] = how.learning_rate * factor * scale
+            keeper.begin()
             try:
                 loss = _epoch(
                     module, objective, n_rows, how.batch_size, optimizer, generator
@@ -128,7 +133,10 @@ def train(
             history.loss.append(loss)
             if score is not None:
                 history.scores.append(score)
-            keeper.keep(-loss if score is None else score)
+            if score is None:
+                keeper.keep_begun(-loss)
+            else:
+                keeper.keep(score)
             epochs.set_postfix(loss=f"{loss:.4g}", refresh=False)
             if validate is None:
                 schedule.watch(epoch, loss)
@@ -149,7 +157,6 @@ def train(
         epochs.close()
     if validate is not None:
         keeper.restore()
-        history.best_score = max(history.scores, default=None)
     history.converged = schedule.converged
     return history
 
@@ -213,19 +220,38 @@ def _batches(order: Tensor, batch_size: int) -> tuple[Tensor, ...]:
 
 
 class _Keeper:
-    """Remembers the best weights."""
+    """Remembers the best weights.
+
+    A validation score is that of the weights at the end of its epoch. A training loss
+    is not: the last step came after it, and may have been the one too far. It counts
+    for the weights at the beginning of its epoch.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._best = -math.inf
         self._state = copy.deepcopy(module.state_dict())
+        self._begun = copy.deepcopy(self._state)
+
+    def begin(self) -> None:
+        """Copy the weights with which an epoch begins."""
+        self._copy_to(self._begun)
 
     def keep(self, score: float) -> None:
-        """Copy the weights if `score` is the best so far."""
+        """Keep the present weights if `score` is the best so far."""
         if score > self._best:
             self._best = score
-            for name, value in self._module.state_dict().items():
-                self._state[name].copy_(value)
+            self._copy_to(self._state)
+
+    def keep_begun(self, score: float) -> None:
+        """Keep the weights of `begin` if `score` is the best so far."""
+        if score > self._best:
+            self._best = score
+            self._state, self._begun = self._begun, self._state
+
+    def _copy_to(self, state: dict[str, Tensor]) -> None:
+        for name, value in self._module.state_dict().items():
+            state[name].copy_(value)
 
     def restore(self) -> None:
         """Put the best weights back."""

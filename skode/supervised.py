@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from sklearn.base import (
@@ -54,7 +55,8 @@ from skode._training import (
 
 __all__ = ["ODEClassifier", "ODERegressor"]
 
-_FULL_BATCH = 256
+_FULL_BATCH = 128
+_HOLD_OUT_FROM = 1000
 
 
 class _ODEEstimator(
@@ -81,7 +83,7 @@ class _ODEEstimator(
         "max_iter": [at_least(1)],
         "tol": [positive(closed="left")],
         "n_iter_no_change": [at_least(1)],
-        "early_stopping": ["boolean"],
+        "early_stopping": ["boolean", choice(("auto",))],
         "validation_fraction": [inside(0, 1)],
         "standardize": ["boolean"],
         "warm_start": ["boolean"],
@@ -196,7 +198,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
 
     Parameters
     ----------
-    hidden_layer_sizes : array-like of int, default=(64, 64)
+    hidden_layer_sizes : int or array-like of int, default=(64, 64)
         Widths of the hidden layers of the vector field; empty for a linear field.
     activation : {"tanh", "softplus", "silu", "relu"}, default="tanh"
         Of the vector field. Smooth ones let the solver take long steps.
@@ -204,8 +206,8 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         How a row becomes the initial state: through a linear layer, or by appending
         zeros to its features [2]_.
     state_size : int or "auto", default="auto"
-        Width of the state. "auto" is 16 for a linear encoder, and five more than the
-        number of features for zero augmentation.
+        Width of the state. "auto" is the number of features, at least 16 and at
+        most 64, for a linear encoder, and five more than it for zero augmentation.
     field : callable or None, default=None
         Your own vector field: called with the width of the state, returns a
         `torch.nn.Module` whose ``forward(t, y)`` maps times (n,) and states (n, width)
@@ -231,25 +233,26 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         the solver allows it.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam, or gradient descent with Nesterov's momentum, weight decay decoupled.
-    alpha : float, default=1e-2
+    alpha : float, default=0.5
         Weight decay of matrices; biases are left alone.
     batch_size : int or "auto", default="auto"
-        Rows per step. "auto" takes all of a table of up to 256 rows; larger tables
-        are cut into batches of 128, or into eight if these are larger, up to 512.
+        Rows per step. "auto" takes all of a table of up to 128 rows; a sixteenth of
+        larger ones, but at least 64 and at most 512 rows.
     learning_rate_init : float, default=1e-2
         Learning rate at the plateau of its schedule: it rises over five epochs and
         falls to zero over the last third of `max_iter`, or once the loss has stopped
         improving.
-    max_iter : int, default=150
+    max_iter : int, default=60
         Epochs.
     tol : float, default=1e-4
         The loss, in standardised units, has stopped improving when its best value
         has fallen by less than `tol` in `n_iter_no_change` epochs.
-    n_iter_no_change : int, default=10
+    n_iter_no_change : int, default=20
         See `tol`.
-    early_stopping : bool, default=False
+    early_stopping : bool or "auto", default=False
         Whether to hold out `validation_fraction` of the rows, to watch the score there
-        instead of the loss, and to keep the weights of the best epoch.
+        instead of the loss, and to keep the weights of the best epoch. "auto" does so
+        from 1,000 rows on.
     validation_fraction : float, default=0.1
         See `early_stopping`.
     standardize : bool, default=True
@@ -326,7 +329,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
 
     def __init__(
         self,
-        hidden_layer_sizes=(64, 64),
+        hidden_layer_sizes=(64,),
         *,
         activation="tanh",
         encoder="linear",
@@ -339,12 +342,12 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         max_steps=1000,
         gradient="auto",
         optimizer="adam",
-        alpha=1e-2,
+        alpha=0.5,
         batch_size="auto",
         learning_rate_init=1e-2,
-        max_iter=150,
+        max_iter=60,
         tol=1e-4,
-        n_iter_no_change=10,
+        n_iter_no_change=20,
         early_stopping=False,
         validation_fraction=0.1,
         standardize=True,
@@ -413,9 +416,9 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
             If the loss stopped being finite and lower learning rates did not help;
             the best weights are kept.
         """
-        X, y = validate_data(self, X, y, dtype=FLOATS, multi_output=True)
-        check_classification_targets(y)
         fresh = not (self.warm_start and hasattr(self, "module_"))
+        X, y = validate_data(self, X, y, dtype=FLOATS, multi_output=True, reset=fresh)
+        check_classification_targets(y)
         classes = _classes_of(y)
         if fresh:
             self._set_classes(classes, y.ndim)
@@ -566,6 +569,11 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         """Return integer codes, (n_samples, n_outputs)."""
         listed = self.classes_ if isinstance(self.classes_, list) else [self.classes_]
         columns = y.reshape(len(y), -1).T
+        if len(columns) != len(listed):
+            raise ValueError(
+                f"y has {len(columns)} targets, but the model being continued has "
+                f"{len(listed)}."
+            )
         for classes, column in zip(listed, columns, strict=True):
             unknown = np.setdiff1d(column, classes)
             if len(unknown):
@@ -582,7 +590,12 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         weight = check_weights(sample_weight, X)
         if self.class_weight is None:
             return weight
-        return weight * compute_sample_weight(self.class_weight, y)
+        weight = weight * compute_sample_weight(self.class_weight, y)
+        if not weight.any():
+            raise ValueError(
+                f"class_weight={self.class_weight} leaves no row of y a weight above 0."
+            )
+        return weight
 
     def _task(self):
         sizes = self._sizes()
@@ -604,7 +617,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
 
     Parameters
     ----------
-    hidden_layer_sizes : array-like of int, default=(64, 64)
+    hidden_layer_sizes : int or array-like of int, default=(64, 64)
         Widths of the hidden layers of the vector field; empty for a linear field.
     activation : {"tanh", "softplus", "silu", "relu"}, default="tanh"
         Of the vector field. Smooth ones let the solver take long steps.
@@ -612,8 +625,8 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         How a row becomes the initial state: through a linear layer, or by appending
         zeros to its features [2]_.
     state_size : int or "auto", default="auto"
-        Width of the state. "auto" is 16 for a linear encoder, and five more than the
-        number of features for zero augmentation.
+        Width of the state. "auto" is the number of features, at least 16 and at
+        most 64, for a linear encoder, and five more than it for zero augmentation.
     field : callable or None, default=None
         Your own vector field: called with the width of the state, returns a
         `torch.nn.Module` whose ``forward(t, y)`` maps times (n,) and states (n, width)
@@ -639,25 +652,26 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         the solver allows it.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam, or gradient descent with Nesterov's momentum, weight decay decoupled.
-    alpha : float, default=1e-2
+    alpha : float, default=0.02
         Weight decay of matrices; biases are left alone.
     batch_size : int or "auto", default="auto"
-        Rows per step. "auto" takes all of a table of up to 256 rows; larger tables
-        are cut into batches of 128, or into eight if these are larger, up to 512.
+        Rows per step. "auto" takes all of a table of up to 128 rows; a sixteenth of
+        larger ones, but at least 64 and at most 512 rows.
     learning_rate_init : float, default=1e-2
         Learning rate at the plateau of its schedule: it rises over five epochs and
         falls to zero over the last third of `max_iter`, or once the loss has stopped
         improving.
-    max_iter : int, default=150
+    max_iter : int, default=100
         Epochs.
-    tol : float, default=1e-4
+    tol : float, default=1e-5
         The loss, in standardised units, has stopped improving when its best value
         has fallen by less than `tol` in `n_iter_no_change` epochs.
-    n_iter_no_change : int, default=10
+    n_iter_no_change : int, default=20
         See `tol`.
-    early_stopping : bool, default=False
+    early_stopping : bool or "auto", default="auto"
         Whether to hold out `validation_fraction` of the rows, to watch the score there
-        instead of the loss, and to keep the weights of the best epoch.
+        instead of the loss, and to keep the weights of the best epoch. "auto" does so
+        from 1,000 rows on.
     validation_fraction : float, default=0.1
         See `early_stopping`.
     standardize : bool, default=True
@@ -740,7 +754,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
 
     def __init__(
         self,
-        hidden_layer_sizes=(64, 64),
+        hidden_layer_sizes=(64,),
         *,
         activation="tanh",
         encoder="linear",
@@ -753,13 +767,13 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         max_steps=1000,
         gradient="auto",
         optimizer="adam",
-        alpha=1e-2,
+        alpha=0.02,
         batch_size="auto",
         learning_rate_init=1e-2,
-        max_iter=150,
-        tol=1e-4,
-        n_iter_no_change=10,
-        early_stopping=False,
+        max_iter=100,
+        tol=1e-5,
+        n_iter_no_change=20,
+        early_stopping="auto",
         validation_fraction=0.1,
         standardize=True,
         loss="squared_error",
@@ -826,7 +840,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
             the best weights are kept.
         """
         fresh = not (self.warm_start and hasattr(self, "module_"))
-        X, weight, targets = self._targets(X, y, sample_weight, fresh, reset=True)
+        X, weight, targets = self._targets(X, y, sample_weight, fresh)
         _fit(self, X, targets, weight, self._task(), fresh)
         return self
 
@@ -849,7 +863,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
             The estimator.
         """
         fresh = not hasattr(self, "module_")
-        X, weight, targets = self._targets(X, y, sample_weight, fresh, reset=fresh)
+        X, weight, targets = self._targets(X, y, sample_weight, fresh)
         _partial_fit(self, X, targets, weight, self._task(), fresh)
         return self
 
@@ -898,10 +912,10 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         std = values[:, k:] * self._target_scale
         return mean, std.astype(values.dtype).reshape(shape)
 
-    def _targets(self, X, y, sample_weight, fresh, reset):
+    def _targets(self, X, y, sample_weight, fresh):
         """Return X, weights, and targets in standardised units."""
         X, y = validate_data(
-            self, X, y, dtype=FLOATS, multi_output=True, y_numeric=True, reset=reset
+            self, X, y, dtype=FLOATS, multi_output=True, y_numeric=True, reset=fresh
         )
         weight = check_weights(sample_weight, X)
         targets = y.astype(np.float64).reshape(len(y), -1)
@@ -954,7 +968,9 @@ class _Task:
 def _fit(est, X, targets, weight, task, fresh):
     """Train a net, new or found, until it converges; set the fitted attributes."""
     with seeded(est.random_state) as generator:
-        data = _Data.of(est, X, targets, weight, task)
+        hold_out = _holds_out(est, np.count_nonzero(weight))
+        seed = generator.initial_seed() if hold_out else None
+        data = _Data.of(est, X, targets, weight, task, seed)
         if fresh:
             est.module_ = _new_net(est, X, weight, task)
         est.module_.to(data.x.device, data.x.dtype)
@@ -967,7 +983,7 @@ def _fit(est, X, targets, weight, task, fresh):
                 len(data.x),
                 _training(est, len(data.x)),
                 generator,
-                _validation(est, data, task) if est.early_stopping else None,
+                _validation(est, data, task) if hold_out else None,
                 history,
             )
         finally:
@@ -979,14 +995,14 @@ def _fit(est, X, targets, weight, task, fresh):
             f"max_iter={est.max_iter} epochs: raise max_iter or learning_rate_init, "
             "or loosen tol.",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=4,  # through scikit-learn's wrapper of fit
         )
 
 
 def _partial_fit(est, X, targets, weight, task, fresh):
     """Train for one epoch; keep the optimiser's memory between calls."""
     with seeded(est.random_state) as generator:
-        data = _Data.of(est, X, targets, weight, task, split=False)
+        data = _Data.of(est, X, targets, weight, task, seed=None)
         if fresh:
             est.module_ = _new_net(est, X, weight, task)
             _record(est, History())
@@ -1035,10 +1051,18 @@ def _new_net(est, X, weight, task):
         task.n_outputs,
         encoder=est.encoder,
         width=width,
-        hidden=tuple(int(size) for size in est.hidden_layer_sizes),
+        hidden=_widths(est.hidden_layer_sizes),
         activation=est.activation,
         field=est.field,
     )
+
+
+def _widths(sizes):
+    """Return the widths of the hidden layers; a number is one layer."""
+    widths = (sizes,) if isinstance(sizes, Integral) else tuple(sizes)
+    if not all(isinstance(width, Integral) and width > 0 for width in widths):
+        raise ValueError(f"hidden_layer_sizes must hold integers above 0, got {sizes}.")
+    return tuple(int(width) for width in widths)
 
 
 @dataclass(frozen=True)
@@ -1051,13 +1075,13 @@ class _Data:
     held: tuple | None
 
     @classmethod
-    def of(cls, est, X, targets, weight, task, split=True):
-        """Drop rows of weight 0, hold some out if asked, make tensors."""
+    def of(cls, est, X, targets, weight, task, seed):
+        """Drop rows of weight 0, hold some out unless `seed` is None, make tensors."""
         kept = weight > 0
         X, targets, weight = X[kept], targets[kept], weight[kept]
         held = None
-        if split and est.early_stopping:
-            rows, held_rows = _split(est, targets, task)
+        if seed is not None:
+            rows, held_rows = _split(est, targets, task, seed)
             held = X[held_rows], targets[held_rows], weight[held_rows]
             X, targets, weight = X[rows], targets[rows], weight[rows]
         device, dtype = resolve_device(est.device), torch_dtype(est.dtype, X)
@@ -1068,7 +1092,14 @@ class _Data:
         return cls(x, y, to_tensor(weight / weight.mean(), device).to(dtype), held)
 
 
-def _split(est, targets, task):
+def _holds_out(est, n_rows):
+    """Return whether some of the rows are held out for validation."""
+    if est.early_stopping == "auto":
+        return n_rows >= _HOLD_OUT_FROM
+    return est.early_stopping
+
+
+def _split(est, targets, task, seed):
     """Return indices of training and of held-out rows."""
     n = len(targets)
     stratify = targets[:, 0] if task.stratify and len(targets) else None
@@ -1076,7 +1107,7 @@ def _split(est, targets, task):
         return train_test_split(
             np.arange(n),
             test_size=est.validation_fraction,
-            random_state=est.random_state,
+            random_state=seed,
             stratify=stratify,
         )
     except ValueError as error:
@@ -1119,8 +1150,8 @@ def _validation(est, data, task):
 def _training(est, n_rows):
     batch = est.batch_size
     if batch == "auto":
-        eighth = min(512, max(128, n_rows // 8))
-        batch = n_rows if n_rows <= _FULL_BATCH else eighth
+        share = min(512, max(64, n_rows // 16))
+        batch = n_rows if n_rows <= _FULL_BATCH else share
     return Training(
         max_iter=est.max_iter,
         batch_size=batch,

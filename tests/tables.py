@@ -29,7 +29,7 @@ def blobs(n_classes=2, n_rows=60, n_features=3, seed=0):
     rng = np.random.default_rng(seed)
     y = np.arange(n_rows) % n_classes
     centres = 3.0 * rng.standard_normal((n_classes, n_features))
-    return centres[y] + 0.5 * rng.standard_normal((n_rows, n_features)), y
+    return centres[y] + 0.3 * rng.standard_normal((n_rows, n_features)), y
 
 
 def curve(n_rows=60, noise=0.0, seed=0):

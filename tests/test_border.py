@@ -159,7 +159,7 @@ def test_weights_are_checked():
     assert check_weights(None, X).tolist() == [1.0] * 20
     assert check_weights(2, X).tolist() == [2.0] * 20
     for bad, text in [
-        (np.zeros(20), "must not be 0 for every row"),
+        (np.zeros(20), "at least one non-zero"),
         (-np.ones(20), "[Nn]egative"),
         (np.ones(19), "sample_weight.shape"),
         (np.full(20, np.nan), "NaN"),

@@ -22,9 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from skode import ODEClassifier, ODERegressor
 from tests.tables import Spring, blobs, classifier, curve, regressor
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::sklearn.exceptions.ConvergenceWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 BOTH = pytest.mark.parametrize(
     ("make", "table"), [(classifier, blobs), (regressor, curve)]
 )
@@ -96,7 +94,9 @@ def test_cross_validation():
     [
         BaggingClassifier(classifier(), n_estimators=2, random_state=0),
         CalibratedClassifierCV(classifier(), cv=2, ensemble=False),
-        StackingClassifier([("ode", classifier()), ("log", LogisticRegression())], cv=2),
+        StackingClassifier(
+            [("ode", classifier()), ("log", LogisticRegression())], cv=2
+        ),
     ],
     ids=lambda meta: type(meta).__name__,
 )
@@ -187,9 +187,7 @@ def test_weights_are_routed_through_a_pipeline():
     plain = classifier().fit(scaled, y, sample_weight=weight)
     unweighted = classifier().fit(scaled, y)
     assert np.array_equal(routed.predict_proba(X), plain.predict_proba(scaled))
-    assert not np.array_equal(
-        routed.predict_proba(X), unweighted.predict_proba(scaled)
-    )
+    assert not np.array_equal(routed.predict_proba(X), unweighted.predict_proba(scaled))
 
 
 def test_weights_are_routed_through_a_grid_search():
@@ -246,9 +244,10 @@ def test_auto_keeps_the_dtype(make, table, dtype):
     X, y = table()
     model = make().fit(X.astype(dtype), y)
     assert model.transform(X.astype(dtype)).dtype == dtype
-    assert next(model.module_.parameters()).dtype == torch.from_numpy(
-        np.empty(0, dtype)
-    ).dtype
+    assert (
+        next(model.module_.parameters()).dtype
+        == torch.from_numpy(np.empty(0, dtype)).dtype
+    )
     soft = getattr(model, "predict_proba", model.predict)(X.astype(dtype))
     assert soft.dtype == dtype
 

@@ -25,9 +25,7 @@ def test_cross_entropy_is_minus_the_log_probability_summed_over_targets():
     logits = normal(2, 5, seed=0)
     codes = torch.tensor([[2, 1], [0, 0]])
     first, second = logits[:, :3].log_softmax(1), logits[:, 3:].log_softmax(1)
-    wanted = -torch.stack(
-        [first[0, 2] + second[0, 1], first[1, 0] + second[1, 0]]
-    )
+    wanted = -torch.stack([first[0, 2] + second[0, 1], first[1, 0] + second[1, 0]])
     torch.testing.assert_close(classification_loss((3, 2))(logits, codes), wanted)
 
 
