@@ -280,7 +280,9 @@ class _Schedule:
 
     def watch(self, epoch: int, loss: float) -> None:
         """Take note of an epoch's loss; bring the decay forward on a plateau."""
-        patience, tol = self._how.n_iter_no_change, self._how.tol
+        tol = self._how.tol
+        # A short fit is judged on its second half.
+        patience = min(self._how.n_iter_no_change, max(1, self._how.max_iter // 2))
         self._bests.append(min(loss, self._bests[-1] if self._bests else math.inf))
         if len(self._bests) <= patience:
             return

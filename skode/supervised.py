@@ -198,7 +198,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
 
     Parameters
     ----------
-    hidden_layer_sizes : int or array-like of int, default=(64, 64)
+    hidden_layer_sizes : int or array-like of int, default=(64,)
         Widths of the hidden layers of the vector field; empty for a linear field.
     activation : {"tanh", "softplus", "silu", "relu"}, default="tanh"
         Of the vector field. Smooth ones let the solver take long steps.
@@ -617,7 +617,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
 
     Parameters
     ----------
-    hidden_layer_sizes : int or array-like of int, default=(64, 64)
+    hidden_layer_sizes : int or array-like of int, default=(64,)
         Widths of the hidden layers of the vector field; empty for a linear field.
     activation : {"tanh", "softplus", "silu", "relu"}, default="tanh"
         Of the vector field. Smooth ones let the solver take long steps.
