@@ -177,7 +177,7 @@ def main() -> None:
                     if not rows:
                         names = " | ".join(times)
                         rows += [
-                            f"| {title}: (B, D, H), tolerance | evaluations | {names} |",
+                            f"| {title}: (B, D, H), tol | evaluations | {names} |",
                             "|---" * (2 + len(times)) + "|",
                         ]
                     name = f"{size} {tol:.0e} {label}"

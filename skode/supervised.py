@@ -232,7 +232,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         in constant memory; "backprop" is plain autograd. "auto" is "checkpoint" where
         the solver allows it.
     optimizer : {"adam", "sgd"}, default="adam"
-        Adam, or gradient descent with Nesterov's momentum, weight decay decoupled.
+        Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
     alpha : float, default=0.5
         Weight decay of matrices; biases are left alone.
     batch_size : int or "auto", default="auto"
@@ -651,7 +651,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         in constant memory; "backprop" is plain autograd. "auto" is "checkpoint" where
         the solver allows it.
     optimizer : {"adam", "sgd"}, default="adam"
-        Adam, or gradient descent with Nesterov's momentum, weight decay decoupled.
+        Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
     alpha : float, default=0.02
         Weight decay of matrices; biases are left alone.
     batch_size : int or "auto", default="auto"
@@ -973,7 +973,7 @@ def _fit(est, X, targets, weight, task, fresh):
         data = _Data.of(est, X, targets, weight, task, seed)
         if fresh:
             est.module_ = _new_net(est, X, weight, task)
-        est.module_.to(data.x.device, data.x.dtype)
+        est.module_.to(data.x.device, data.x.dtype).train()
         est._optimizer = None
         history = History()
         try:

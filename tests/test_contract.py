@@ -35,7 +35,11 @@ VARIANTS = (
 
 
 @parametrize_with_checks(
-    [make(**variant) for make in (classifier, regressor) for variant in VARIANTS]
+    [
+        make(batch_size=1000, learning_rate_init=0.1, max_iter=15, **variant)
+        for make in (classifier, regressor)
+        for variant in VARIANTS
+    ]
 )
 def test_scikit_learn_accepts_a_small_net(estimator, check):
     check(estimator)
@@ -92,7 +96,7 @@ def test_cross_validation():
 @pytest.mark.parametrize(
     "meta",
     [
-        BaggingClassifier(classifier(), n_estimators=2, random_state=0),
+        BaggingClassifier(classifier(max_iter=40), n_estimators=3, random_state=0),
         CalibratedClassifierCV(classifier(), cv=2, ensemble=False),
         StackingClassifier(
             [("ode", classifier()), ("log", LogisticRegression())], cv=2

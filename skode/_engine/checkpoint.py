@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from skode._engine.dense import Requests, powers, slopes_of_powers
 from skode._engine.kernel import Kernel
 from skode._engine.plan import Plan
-from skode._engine.step import Workspace, fill_stages, stage_times
+from skode._engine.step import Workspace, end_of_step, fill_stages, stage_times
 from skode._engine.tableau import Coefficients
 from skode._engine.tape import Group, Tape
 
@@ -79,19 +79,18 @@ class _Reverse:
         requests, grad, order = self._requests, self._grad, self._tape.order
         times = requests.times
         coef = self._plan.coefficients(y0, times)
-        u = torch.einsum("btd,bt->bd", grad, requests.at_end.to(grad.dtype))
-        u = u.index_select(0, order)
+        u = _masked_sum(grad, requests.at_end).index_select(0, order)
         self._grad_t = torch.zeros_like(times)
         if self._tape.groups:
             self._coef = coef
             self._work = Workspace(coef, u[: len(self._tape.groups[0].t)])
             self._pulls = Workspace(coef, u[: len(self._tape.groups[0].t)])
+            self._later = self._pulls.later()
             for group in reversed(self._tape.groups):
                 self._step(group, u)
         grad_y0 = torch.empty_like(u)
         grad_y0[order] = u
-        at_start = requests.at_start.to(grad.dtype)
-        return grad_y0 + torch.einsum("btd,bt->bd", grad, at_start)
+        return grad_y0.add_(_masked_sum(grad, requests.at_start))
 
     def times(self, y0: Tensor, y1: Tensor) -> Tensor:
         """Return dL/d times, (B, T), after `run`."""
@@ -110,21 +109,23 @@ class _Reverse:
     def _step(self, group: Group, u_all: Tensor) -> None:
         """Pull the cotangents of the first A rows back through one step."""
         coef, work, pulls, kernel = self._coef, self._work, self._pulls, self.kernel
-        rows, dtype = len(group.t), u_all.dtype
-        if rows != work.k.shape[1]:
+        rows, dtype = group.t.shape[0], u_all.dtype
+        if rows != work.rows:
             work.resize(rows)
             pulls.resize(rows)
+            self._later = pulls.later()
         u = u_all[:rows]
         h = group.h.to(dtype)[:, None]
         times = stage_times(coef, group.t, group.h, dtype)
         kernel.linearize(0, times[0], group.y, work.slopes[0])
-        y_next = fill_stages(kernel.linearize, coef, times, h, group.y, work)
+        fill_stages(kernel.linearize, coef, times, h, group.y, work)
 
         last = coef.stages
         inside = None if group.position is None else self._inside(group)
         extra = None
         if inside is not None:
             extra = inside.cotangents(coef, torch.zeros_like(work.k))
+            y_next = end_of_step(coef, h, group.y, work)
             kernel.linearize(last, times[last], y_next, work.slopes[last])
             kernel.pull(last, extra[last], pulls.slopes[last])
             u += pulls.slopes[last]
@@ -132,7 +133,7 @@ class _Reverse:
         # The slot behind the stages holds u, so that v_i is one product of a_next.
         pulls.slopes[last].copy_(u)
         for i in reversed(range(last)):
-            v = torch.mv(pulls.later[i], coef.a_next[i]).view_as(u).mul_(h)
+            v = torch.mv(self._later[i], coef.a_next[i]).view_as(u).mul_(h)
             if extra is not None:
                 v += extra[i]
             kernel.pull(i, v, pulls.slopes[i])
@@ -179,6 +180,11 @@ class _Reverse:
         before, share = (group.t - t0) / (t1 - t0), group.h / (t1 - t0)
         self._grad_t[rows, 0] += (1 - before) * grad_t - share * grad_h
         self._grad_t[rows, -1] += before * grad_t + share * grad_h
+
+
+def _masked_sum(grad: Tensor, mask: Tensor) -> Tensor:
+    """Sum grad (B, T, D) over the times of a mask (B, T)."""
+    return torch.bmm(mask.to(grad.dtype).unsqueeze(1), grad).squeeze(1)
 
 
 @dataclass(frozen=True, slots=True)

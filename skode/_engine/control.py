@@ -33,12 +33,13 @@ def error_ratio(
     Overwrites `error`. Not finite where y1 is not.
     """
     scale = torch.maximum(y0.abs(), y1.abs()).mul_(rtol).add_(atol)
-    norm = torch.linalg.vector_norm(error.div_(scale), dim=-1)
+    norm = _norm(error.div_(scale))
     return norm.mul_(1.0 / math.sqrt(error.shape[1]))
 
 
-def _rms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1) / math.sqrt(x.shape[1])
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class PIController:
     tolerance: Tolerance
     order: int
     """Of the method; the embedded one has `order - 1`."""
+    error_constant: float
+    """Of the error estimate: see `Tableau.error_constant`."""
     beta: float = 0.04
     safety: float = 0.9
     shrink: float = 0.2
@@ -60,26 +63,34 @@ class PIController:
     def first(
         self, kernel: Kernel, t: Tensor, y: Tensor, slope: Tensor, span: Tensor
     ) -> tuple[Tensor, int]:
-        """Hairer's first step (Hairer, Norsett & Wanner 1993, II.4)."""
+        """Hairer's first step (Hairer, Norsett & Wanner 1993, II.4), or a longer one.
+
+        His step ignores how small the method's error constant e is. We take the rate
+        r at which the slope changes, at least once over the span, and the h at which
+        the error of y' = r y, e h |y'| (r h)^(q - 1), is a tenth of the tolerance.
+        """
         scale = y.abs().mul_(self.tolerance.rtol).add_(self.tolerance.atol)
-        d0, d1 = _rms(y / scale), _rms(slope / scale)
+        scale.mul_(math.sqrt(y.shape[1]))  # norms are root mean squares
+        distance = span.abs().to(y.dtype)
+        d0, d1 = _norm(y / scale), _norm(slope / scale)
         h = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        h = torch.minimum(h, span.abs().to(h.dtype))
+        h = torch.minimum(h, distance)
         signed = torch.copysign(h, span.to(h.dtype))
         probe = torch.empty_like(y)
         # The probe's time is rounded in the dtype of the times, as every stage's is.
         times = (t + signed.to(t.dtype)).to(y.dtype)
         kernel.evaluate(0, times, torch.addcmul(y, signed[:, None], slope), probe)
-        d2 = _rms(probe.sub_(slope).div_(scale)) / h
+        d2 = _norm(probe.sub_(slope).div_(scale)) / h
         steepest = torch.maximum(d1, d2)
-        h1 = torch.where(
-            steepest <= 1e-15,
-            torch.clamp(h * 1e-3, min=1e-6),
-            (0.01 / steepest) ** (1.0 / self.order),
-        )
-        first = torch.minimum(100 * h, h1)
+        root = 1.0 / self.order
+        hairer = (0.01 / steepest).pow_(root)
+        hairer = torch.where(steepest <= 1e-15, (h * 1e-3).clamp_(min=1e-6), hairer)
+        wavelength = torch.minimum(d1 / d2, distance)
+        ours = (0.1 / self.error_constant * wavelength / d1).pow_(root)
+        ours.mul_(wavelength.pow(1.0 - 2.0 * root))
+        first = torch.minimum(100 * h, torch.fmax(hairer, ours))
         # A probe that leaves the domain of the field (NaN) asks for a small step.
-        first = torch.where(torch.isfinite(first), first, 1e-6 * span.abs())
+        first = torch.where(torch.isfinite(first), first, 1e-6 * distance)
         return first.to(t.dtype), 1
 
     def decide(

@@ -13,7 +13,7 @@ from skode._engine.control import Controller, error_ratio
 from skode._engine.kernel import Kernel
 from skode._engine.observer import Observer, Step
 from skode._engine.solution import Statistics, Status, Tolerance
-from skode._engine.step import Workspace, fill_stages, stage_times
+from skode._engine.step import Workspace, end_of_step, fill_stages, stage_times
 from skode._engine.tableau import Coefficients
 
 
@@ -165,33 +165,35 @@ def _attempt(
 
     times = stage_times(coef, t, h, y.dtype)
     h_state = h.to(y.dtype)[:, None]
-    y_next = fill_stages(kernel.evaluate, coef, times, h_state, y, work)
+    fill_stages(kernel.evaluate, coef, times, h_state, y, work)
+    y_next = end_of_step(coef, h_state, y, work)
     kernel.evaluate(0, times[-1], y_next, work.slopes[-1])
-    torch.mv(work.table, coef.b_err, out=work.state.view(-1))
+    torch.mv(work.table, coef.b_err, out=work.flat_state)
     error = work.state.mul_(h_state)
     ratio = error_ratio(error, y, y_next, tolerance.rtol, tolerance.atol)
     accept, walk.h, walk.memory = controller.decide(ratio, size, walk.memory)
 
     live = to_go != 0
     walk.attempts = walk.attempts + live
-    arrived = accept & last
-    counts = torch.stack(((live & ~accept).sum(), (live & ~arrived).sum()))
-    refused, left = counts.tolist()  # the one host sync of a step
-    moved = None if refused == 0 and alive == len(t) else accept & live
+    moves = accept & live
+    counts = torch.stack((moves, moves & last)).sum(dim=1)
+    accepted, arrived = counts.tolist()  # the one host sync of a step
+    left = alive - int(arrived)
+    moved = None if accepted == len(t) else moves
     for observer in observers:
         observer.observe(Step(walk.rows, moved, walk.ordinal, t, t_next, h, y, work.k))
     if moved is None:
         walk.t, walk.y, walk.ordinal = t_next, y_next, walk.ordinal + 1
         work.slopes[0].copy_(work.slopes[-1])
-        return int(left)
+        return left
     wide = moved[:, None]
     walk.t = torch.where(moved, t_next, t)
     walk.y = torch.where(wide, y_next, y)
     walk.ordinal = walk.ordinal + moved
     torch.where(wide, work.slopes[-1], work.slopes[0], out=work.slopes[0])
-    if refused:
+    if accepted < alive:
         left -= _give_up(walk, live & ~accept, ratio, resolution)
-    return int(left)
+    return left
 
 
 def _give_up(walk: _Walk, refused: Tensor, ratio: Tensor, resolution: float) -> int:
@@ -240,9 +242,9 @@ def march(
         t = t0 + whole * torch.clamp(steps, max=n)
         t_next = torch.where(steps == n + 1, t1, t + h)
         times = stage_times(coef, t, h, y.dtype)
-        y_next = fill_stages(
-            kernel.evaluate, coef, times, h.to(y.dtype)[:, None], y, work
-        )
+        h_state = h.to(y.dtype)[:, None]
+        fill_stages(kernel.evaluate, coef, times, h_state, y, work)
+        y_next = end_of_step(coef, h_state, y, work)
         if observers or n + 1 < total:
             kernel.evaluate(0, times[-1], y_next, work.slopes[-1])
         ordinal = torch.clamp(steps, max=n)

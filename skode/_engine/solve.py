@@ -1,5 +1,6 @@
 """The engine's only door. B rows, T times, D state."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -162,19 +163,26 @@ def _parse_times(y0: Tensor, t: Tensor) -> Tensor:
         )
     if t.device != y0.device:
         raise ValueError(f"t is on {t.device} and y0 on {y0.device}; move one.")
-    fixed = t.detach()
-    if not bool(torch.isfinite(fixed).all()):
+    if t.ndim == 1:
+        finite = all(map(math.isfinite, t.tolist()))
+    else:
+        finite = bool(torch.isfinite(t).all())
+    if not finite:
         raise ValueError(
             "t must be finite; pad short rows by repeating their last time."
         )
-    steps = fixed.diff(dim=-1)
-    monotone = (steps >= 0).all(dim=-1) | (steps <= 0).all(dim=-1)
-    if not bool(monotone.all()):
+    if t.shape[-1] > 2 and not _monotone(t.detach()):
         raise ValueError(
             "t must not turn back: each row increases, or decreases, throughout. Sort "
             "it, and pad short rows by repeating their last time."
         )
     return t if t.ndim == 2 else t.expand(len(y0), -1)
+
+
+def _monotone(t: Tensor) -> bool:
+    steps = t.diff(dim=-1)
+    monotone = (steps >= 0).all(dim=-1) | (steps <= 0).all(dim=-1)
+    return bool(monotone.all())
 
 
 def _nothing(y0: Tensor, times: Tensor, tolerance: Tolerance) -> Solution:

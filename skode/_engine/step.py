@@ -4,7 +4,7 @@
 `differentiable_step` is its plain twin.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,49 +36,58 @@ class Workspace:
         self.slopes = tuple(self.k)
         self.state = self._state[:rows]
         """(A, D) argument of a stage."""
+        self.flat_state = self.state.view(-1)
         table = flat.view(self._stages, rows * dim)
         self.table = table.T
         """(A D, S + 1) the same numbers as `k`."""
-        self.earlier = tuple(table[:i].T for i in range(self._stages + 1))
+        self.earlier = tuple(self.table[:, :i] for i in range(self._stages + 1))
         """For i stages, (A D, i)."""
-        self.later = tuple(table[i + 1 :].T for i in range(self._stages))
-        """All behind stage i, (A D, S - i)."""
+        self.rows = rows
+
+    def later(self) -> tuple[Tensor, ...]:
+        """View all behind stage i, (A D, S - i), for every i."""
+        return tuple(self.table[:, i + 1 :] for i in range(self._stages))
 
 
 def fill_stages(
     evaluate: Evaluate,
     coef: Coefficients,
-    times: Tensor,
+    times: Sequence[Tensor],
     h: Tensor,
     y: Tensor,
     work: Workspace,
-) -> Tensor:
-    """Evaluate stages 1 .. S-1 given stage 0, and return y1.
+) -> None:
+    """Evaluate stages 1 .. S-1 given stage 0.
 
     Parameters
     ----------
     evaluate : callable
         ``kernel.evaluate``, or ``kernel.linearize`` to remember the stages.
-    times : Tensor of shape (S + 1, A)
+    times : S + 1 tensors of shape (A,)
         Times of the stages, in the dtype of the state.
     h : Tensor of shape (A, 1)
         Signed steps, in the dtype of the state.
     y : Tensor of shape (A, D)
         States before the step; left as they are.
     """
-    state = work.state
-    flat = state.view(-1)
+    state, flat = work.state, work.flat_state
     for i in range(1, coef.stages):
         torch.mv(work.earlier[i], coef.a[i], out=flat)
         torch.addcmul(y, h, state, out=state)
         evaluate(i, times[i], state, work.slopes[i])
-    torch.mv(work.earlier[coef.stages], coef.b, out=flat)
-    return torch.addcmul(y, h, state)
 
 
-def stage_times(coef: Coefficients, t: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return t + c h for every stage, (S + 1, A), in the dtype of the state."""
-    return torch.addcmul(t, coef.c, h).to(dtype)
+def end_of_step(coef: Coefficients, h: Tensor, y: Tensor, work: Workspace) -> Tensor:
+    """Return y1, given all stages."""
+    torch.mv(work.earlier[coef.stages], coef.b, out=work.flat_state)
+    return torch.addcmul(y, h, work.state)
+
+
+def stage_times(
+    coef: Coefficients, t: Tensor, h: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return t + c h, (A,), of each of S + 1 stages, in the dtype of the state."""
+    return torch.addcmul(t, coef.c, h).to(dtype).unbind()
 
 
 def differentiable_step(

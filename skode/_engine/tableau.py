@@ -51,6 +51,17 @@ class Tableau:
         return len(self.b)
 
     @property
+    def error_constant(self) -> float:
+        """The e for which the estimated error of one step of y' = y is e h^q."""
+        powers = [1.0] * (self.stages + 1)
+        for _ in range(self.order - 1):
+            powers = [
+                sum(weight * power for weight, power in zip(row, powers, strict=False))
+                for row in (*self.a, self.b)
+            ]
+        return abs(sum(x * y for x, y in zip(self.b_err, powers, strict=True)))
+
+    @property
     def adaptive(self) -> bool:
         """Whether the method estimates its local error."""
         return bool(self.b_err)

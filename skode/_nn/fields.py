@@ -7,6 +7,7 @@ stages of a step in one matrix product per layer.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -54,12 +55,13 @@ class MLPField(nn.Module):
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Return dy/dt, (B, D), at times (B,) and states (B, D)."""
         time = t[:, None]
-        activate = _FORWARD[self.activation]
+        activate = _ACTIVATIONS[self.activation].forward
         layers = list(zip(self.weights, self.biases, self.shifts, strict=True))
         for weight, bias, shift in layers[:-1]:
             y = activate(F.linear(y, weight, bias) + time * shift)
         weight, bias, shift = layers[-1]
-        return F.linear(y, weight, bias) + time * shift
+        slope: Tensor = F.linear(y, weight, bias) + time * shift
+        return slope
 
     def kernel(self, params: Sequence[Tensor], slots: int) -> "MLPKernel | None":
         """Return this field's kernel if `params` are its own parameters."""
@@ -74,136 +76,198 @@ class MLPKernel:
 
     def __init__(self, field: MLPField, slots: int) -> None:
         self._weights = [weight.detach() for weight in field.weights]
-        self._transposed = [weight.T for weight in self._weights]
         self._biases = [bias.detach() for bias in field.biases]
         self._shifts = [shift.detach() for shift in field.shifts]
-        self._activation = field.activation
+        *self._hidden, self._last = zip(
+            self._biases,
+            self._shifts,
+            [weight.T for weight in self._weights],
+            strict=True,
+        )
+        self._activation = _ACTIVATIONS[field.activation]
         self._slots = slots
         self._scratch: list[Tensor] = []
+        self._rows = -1  # of the scratch memory in use
+        self._in_use: list[Tensor] = []
         self._memory: _Memory | None = None
-        self._sums: list[list[Tensor]] | None = None
+        self._sums: list[tuple[Tensor, Tensor]] | None = None
 
     def evaluate(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
         """Write f(t, y) to `out` and remember nothing."""
-        if not self._scratch or len(self._scratch[0]) < len(y):
-            self._scratch = [y.new_empty(len(y), len(b)) for b in self._biases[:-1]]
-        rows, time = len(y), t[:, None]
-        activate = _IN_PLACE[self._activation]
-        for i, hidden in enumerate(self._scratch):
-            hidden = hidden[:rows]
-            self._affine(i, time, y, hidden)
+        if y.shape[0] != self._rows:
+            self._resize(y)
+        time = t.unsqueeze(1)
+        activate = self._activation.in_place
+        for layer, hidden in zip(self._hidden, self._in_use, strict=True):
+            _affine(layer, time, y, hidden)
             activate(hidden)
             y = hidden
-        self._affine(len(self._biases) - 1, time, y, out)
+        _affine(self._last, time, y, out)
 
     def linearize(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
         """Write f(t, y) to `out` and remember the inputs of every layer."""
         memory = self._remembered(y)
         memory.times[slot].copy_(t)
-        memory.inputs[0][slot].copy_(y)
-        time = t[:, None]
-        last = len(self._biases) - 1
-        remember = _REMEMBER[self._activation]
-        for i in range(last):
-            self._affine(i, time, memory.inputs[i][slot], memory.slopes[i][slot])
+        inputs = memory.inputs[slot]
+        x = inputs[0].copy_(y)
+        time = t.unsqueeze(1)
+        remember = self._activation.remember
+        for layer, slope, value in zip(
+            self._hidden, memory.slopes[slot], inputs[1:], strict=True
+        ):
             # The slope's memory holds the pre-activation until it is known.
-            remember(memory.slopes[i][slot], memory.inputs[i + 1][slot])
-        self._affine(last, time, memory.inputs[last][slot], out)
+            _affine(layer, time, x, slope)
+            remember(slope, value)
+            x = value
+        _affine(self._last, time, x, out)
 
     def pull(self, slot: int, cotangent: Tensor, out: Tensor) -> None:
         """Write cotangent . df/dy to `out`; remember every layer's cotangent."""
         memory = self._memory
         assert memory is not None, "pull follows linearize"
-        last = len(self._biases) - 1
-        pull = _PULL[self._activation]
-        memory.deltas[last][slot].copy_(cotangent)
-        for i in range(last, 0, -1):
-            delta = memory.deltas[i - 1][slot]
-            torch.mm(memory.deltas[i][slot], self._weights[i], out=delta)
-            pull(delta, memory.inputs[i][slot], memory.slopes[i - 1][slot])
-        torch.mm(memory.deltas[0][slot], self._weights[0], out=out)
+        inputs, deltas = memory.inputs[slot], memory.deltas[slot]
+        slopes, pull = memory.slopes[slot], self._activation.pull
+        above = deltas[-1].copy_(cotangent)
+        for i in range(len(deltas) - 1, 0, -1):
+            delta = deltas[i - 1]
+            torch.mm(above, self._weights[i], out=delta)
+            pull(delta, inputs[i], slopes[i - 1])
+            above = delta
+        torch.mm(above, self._weights[0], out=out)
 
     def pull_time(self, slot: int) -> Tensor:
         """Return cotangent . df/dt, (B,)."""
         assert self._memory is not None, "pull_time follows pull"
         parts = [
-            torch.mv(delta[slot], shift)
-            for delta, shift in zip(self._memory.deltas, self._shifts, strict=True)
+            torch.mv(delta, shift)
+            for delta, shift in zip(
+                self._memory.deltas[slot], self._shifts, strict=True
+            )
         ]
         return torch.stack(parts).sum(dim=0)
 
     def accumulate(self, slots: int) -> None:
-        """Add the parameter gradient: one product per layer for all slots."""
+        """Add the parameter gradient: two products per layer for all slots."""
         memory = self._memory
         assert memory is not None, "accumulate follows pull"
         if self._sums is None:
             self._sums = [
-                [torch.zeros_like(x) for x in group]
-                for group in (self._weights, self._biases, self._shifts)
+                (torch.zeros_like(weight), weight.new_zeros(2, len(weight)))
+                for weight in self._weights
             ]
-        rows = slots * memory.rows
-        one_and_time = memory.one_and_time.view(2, -1)[:, :rows]
-        for i, (inputs, deltas) in enumerate(
-            zip(memory.inputs, memory.deltas, strict=True)
+        inputs, deltas, one_and_time = memory.first(slots)
+        for (weight, bias_and_shift), x, delta in zip(
+            self._sums, inputs, deltas, strict=True
         ):
-            delta = deltas.view(-1, deltas.shape[-1])[:rows]
-            self._sums[0][i].addmm_(delta.T, inputs.view(-1, inputs.shape[-1])[:rows])
-            both = one_and_time @ delta
-            self._sums[1][i] += both[0]
-            self._sums[2][i] += both[1]
+            weight.addmm_(delta.T, x)
+            bias_and_shift.addmm_(one_and_time, delta)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return weights', biases' and shifts' gradients, as `parameters` orders."""
         if self._sums is None:
             return (None,) * (3 * len(self._weights))
-        return tuple(gradient for group in self._sums for gradient in group)
+        return (
+            *(weight for weight, _ in self._sums),
+            *(both[0] for _, both in self._sums),
+            *(both[1] for _, both in self._sums),
+        )
 
-    def _affine(self, layer: int, time: Tensor, x: Tensor, out: Tensor) -> None:
-        torch.addcmul(self._biases[layer], time, self._shifts[layer], out=out)
-        out.addmm_(x, self._transposed[layer])
+    def _resize(self, y: Tensor) -> None:
+        """View the scratch memory as that of the rows of y."""
+        rows = y.shape[0]
+        if rows > max(self._rows, 0) and not (
+            self._scratch and self._scratch[0].shape[0] >= rows
+        ):
+            self._scratch = [y.new_empty(rows, len(b)) for b in self._biases[:-1]]
+        self._in_use = [hidden[:rows] for hidden in self._scratch]
+        self._rows = rows
 
     def _remembered(self, y: Tensor) -> "_Memory":
-        memory = self._memory
-        if memory is None or memory.capacity < len(y):
+        memory, rows = self._memory, y.shape[0]
+        if memory is None or memory.capacity < rows:
             widths = [weight.shape[1] for weight in self._weights]
-            self._memory = memory = _Memory(self._slots, y, widths)
-        if memory.rows != len(y):
-            memory.resize(len(y))
+            keeps = self._activation.keeps_slope
+            self._memory = memory = _Memory(self._slots, y, widths, keeps)
+        if memory.rows != rows:
+            memory.resize(rows)
         return memory
+
+
+_Layer = tuple[Tensor, Tensor, Tensor]
+"""Bias, shift and transposed weight."""
+
+
+def _affine(layer: _Layer, time: Tensor, x: Tensor, out: Tensor) -> None:
+    bias, shift, weight = layer
+    torch.addcmul(bias, time, shift, out=out)
+    out.addmm_(x, weight)
 
 
 class _Memory:
     """What the slots of a kernel hold, for up to a capacity of rows.
 
-    Slots of fewer rows lie densely, so that all slots are one matrix.
+    Slots of fewer rows lie densely, so that the first slots are one matrix. Views are
+    made once for each number of rows: they cost as much as arithmetic on small ones.
     """
 
-    def __init__(self, slots: int, y: Tensor, widths: Sequence[int]) -> None:
-        self._slots, self.capacity = slots, len(y)
+    def __init__(
+        self, slots: int, y: Tensor, widths: Sequence[int], keeps_slope: bool
+    ) -> None:
+        self._slots, self.capacity = slots, y.shape[0]
         self._widths = tuple(widths)
-        outputs = (*self._widths[1:], y.shape[1])
-        self._flat = [
-            [y.new_empty(slots * len(y) * width) for width in group]
-            for group in (self._widths, outputs, self._widths[1:])
-        ]
-        self._flat_times = y.new_ones(2, slots * len(y))
-        self.resize(len(y))
+        self._out = (*self._widths[1:], y.shape[1])
+        self._keeps_slope = keeps_slope
+
+        def flat(width: int) -> Tensor:
+            return y.new_empty(slots * self.capacity * width)
+
+        self._flat_inputs = [flat(width) for width in self._widths]
+        self._flat_deltas = [flat(width) for width in self._out]
+        # An activation whose slope is known from its value is computed in place.
+        self._flat_slopes = (
+            [flat(width) for width in self._widths[1:]]
+            if keeps_slope
+            else self._flat_inputs[1:]
+        )
+        self._flat_times = y.new_ones(2, slots * self.capacity)
+        self.resize(self.capacity)
 
     def resize(self, rows: int) -> None:
         """View the memory as that of `rows` rows; contents are lost."""
         self.rows = rows
         count = self._slots * rows
-        self.inputs, self.deltas, self.slopes = (
-            [
-                flat[: count * (len(flat) // (self._slots * self.capacity))].view(
-                    self._slots, rows, -1
-                )
-                for flat in group
-            ]
-            for group in self._flat
+        self._inputs = _matrices(self._flat_inputs, self._widths, count)
+        self._deltas = _matrices(self._flat_deltas, self._out, count)
+        slopes = _matrices(self._flat_slopes, self._widths[1:], count)
+        self._one_and_time = self._flat_times[:, :count]
+        self.inputs = self._by_slot(self._inputs)
+        self.deltas = self._by_slot(self._deltas)
+        self.slopes = self._by_slot(slopes)
+        self.times = self._one_and_time[1].split(rows)
+
+    def first(self, slots: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Return inputs and deltas of every layer, and [1, t], of the first slots."""
+        if slots == self._slots:
+            return self._inputs, self._deltas, self._one_and_time
+        count = slots * self.rows
+        return (
+            [x[:count] for x in self._inputs],
+            [x[:count] for x in self._deltas],
+            self._one_and_time[:, :count],
         )
-        self.one_and_time = self._flat_times[:, :count].view(2, self._slots, rows)
-        self.times = self.one_and_time[1]
+
+    def _by_slot(self, layers: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Turn matrices of all slots into the matrices of each slot."""
+        if not layers:
+            return [()] * self._slots
+        return list(zip(*(x.split(self.rows) for x in layers), strict=True))
+
+
+def _matrices(flat: list[Tensor], widths: Sequence[int], rows: int) -> list[Tensor]:
+    return [
+        x[: rows * width].view(rows, width)
+        for x, width in zip(flat, widths, strict=True)
+    ]
 
 
 def _silu_slope(x: Tensor, out: Tensor) -> None:
@@ -220,15 +284,15 @@ def _softplus_slope(x: Tensor, out: Tensor) -> None:
 
 
 def _tanh_keep(x: Tensor, out: Tensor) -> None:
-    torch.tanh(x, out=out)  # its slope is known from its value
+    torch.tanh_(x)  # in `out` already; its slope is known from its value
 
 
 def _relu_keep(x: Tensor, out: Tensor) -> None:
-    torch.clamp_min(x, 0.0, out=out)
+    torch.relu_(x)
 
 
 def _tanh_pull(delta: Tensor, value: Tensor, slope: Tensor) -> None:
-    torch.ops.aten.tanh_backward.grad_input(delta, value, grad_input=delta)
+    _tanh_backward(delta, value, grad_input=delta)
 
 
 def _relu_pull(delta: Tensor, value: Tensor, slope: Tensor) -> None:
@@ -239,27 +303,36 @@ def _slope_pull(delta: Tensor, value: Tensor, slope: Tensor) -> None:
     delta.mul_(slope)
 
 
-_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "softplus": F.softplus,
-    "silu": F.silu,
-    "relu": F.relu,
-}
-_IN_PLACE = {
-    "tanh": torch.tanh_,
-    "softplus": lambda x: x.copy_(F.softplus(x)),
-    "silu": lambda x: F.silu(x, inplace=True),
-    "relu": torch.relu_,
-}
-_REMEMBER = {
-    "tanh": _tanh_keep,
-    "softplus": _softplus_slope,
-    "silu": _silu_slope,
-    "relu": _relu_keep,
-}
-_PULL = {
-    "tanh": _tanh_pull,
-    "softplus": _slope_pull,
-    "silu": _slope_pull,
-    "relu": _relu_pull,
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+
+
+def _silu_in_place(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=True)
+
+
+def _softplus_in_place(x: Tensor) -> Tensor:
+    return x.copy_(F.softplus(x))
+
+
+@dataclass(frozen=True, slots=True)
+class _Activation:
+    """An activation and its derivative in preallocated memory."""
+
+    forward: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]
+    remember: Callable[[Tensor, Tensor], None]
+    """(x, out): write the value to `out`, and the slope over x if it is kept."""
+    pull: Callable[[Tensor, Tensor, Tensor], None]
+    """(delta, value, slope): multiply delta by the slope."""
+    keeps_slope: bool
+    """If not, x and `out` of `remember` are the same memory."""
+
+
+_ACTIVATIONS = {
+    "tanh": _Activation(torch.tanh, torch.tanh_, _tanh_keep, _tanh_pull, False),
+    "softplus": _Activation(
+        F.softplus, _softplus_in_place, _softplus_slope, _slope_pull, True
+    ),
+    "silu": _Activation(F.silu, _silu_in_place, _silu_slope, _slope_pull, True),
+    "relu": _Activation(F.relu, torch.relu_, _relu_keep, _relu_pull, False),
 }

@@ -66,13 +66,14 @@ def classification_loss(sizes: tuple[int, ...]) -> Loss:
 
 def regression_loss(name: str, *, delta: float, quantile: float) -> Loss:
     """Return the loss of that name."""
-    return {
+    losses: dict[str, Loss] = {
         "squared_error": squared_error,
         "absolute_error": absolute_error,
         "huber": partial(huber, delta=delta),
         "quantile": partial(pinball, quantile=quantile),
         "gaussian": gaussian,
-    }[name]
+    }
+    return losses[name]
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
