@@ -50,6 +50,14 @@ html_theme_options = {
 
 LABELLED = re.compile(r":ref:`([^<`]+?)(?:\s*<[^>]+>)?`", re.DOTALL)
 
+# A word that ends in "_", as fitted attributes do, is a link to reStructuredText.
+FITTED = re.compile(r"(?<![`\w])([a-z]\w*)_(?=[,)])")
+
+
+def escape_fitted(app, what, name, obj, options, lines):
+    """Let shapes such as (n_samples, state_size_) stand without backticks."""
+    lines[:] = [FITTED.sub(r"\1\_", line) for line in lines]
+
 
 def unlink_inherited(app, what, name, obj, options, lines):
     """Keep the words of scikit-learn's references, whose labels are not ours."""
@@ -59,3 +67,4 @@ def unlink_inherited(app, what, name, obj, options, lines):
 
 def setup(app):
     app.connect("autodoc-process-docstring", unlink_inherited)
+    app.connect("autodoc-process-docstring", escape_fitted)

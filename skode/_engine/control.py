@@ -63,11 +63,12 @@ class PIController:
     def first(
         self, kernel: Kernel, t: Tensor, y: Tensor, slope: Tensor, span: Tensor
     ) -> tuple[Tensor, int]:
-        """Hairer's first step (Hairer, Norsett & Wanner 1993, II.4), or a longer one.
+        """Hairer's first step (Hairer, Norsett & Wanner 1993, II.4), in other units.
 
-        His step ignores how small the method's error constant e is. We take the rate
-        r at which the slope changes, at least once over the span, and the h at which
-        the error of y' = r y, e h |y'| (r h)^(q - 1), is a tenth of the tolerance.
+        His probe tells the rate r at which the slope changes; we take it to be at
+        least one per span. The step errs by a tenth of the tolerance where y' = r y:
+        e h |y'| (r h)^(q - 1), e being the method's error constant, which he leaves
+        out, as he leaves out the unit of time. Where nothing moves yet, it is his.
         """
         scale = y.abs().mul_(self.tolerance.rtol).add_(self.tolerance.atol)
         scale.mul_(math.sqrt(y.shape[1]))  # norms are root mean squares
@@ -88,7 +89,8 @@ class PIController:
         wavelength = torch.minimum(d1 / d2, distance)
         ours = (0.1 / self.error_constant * wavelength / d1).pow_(root)
         ours.mul_(wavelength.pow(1.0 - 2.0 * root))
-        first = torch.minimum(100 * h, torch.fmax(hairer, ours))
+        first = torch.where(torch.isfinite(ours) & (ours > 0), ours, hairer)
+        first = torch.minimum(100 * h, first)
         # A probe that leaves the domain of the field (NaN) asks for a small step.
         first = torch.where(torch.isfinite(first), first, 1e-6 * distance)
         return first.to(t.dtype), 1

@@ -44,9 +44,7 @@ class Plan:
         coef = self.coefficients(y, t0)
         if not self.tableau.adaptive:
             return march(kernel, coef, y, t0, t1, self.tolerance, observers)
-        controller = PIController(
-            self.tolerance, self.tableau.order, self.tableau.error_constant
-        )
+        controller = PIController(self.tolerance, coef.order, coef.error_constant)
         return integrate(kernel, coef, controller, y, t0, t1, self.tolerance, observers)
 
     def forward(

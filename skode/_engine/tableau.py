@@ -52,14 +52,17 @@ class Tableau:
 
     @property
     def error_constant(self) -> float:
-        """The e for which the estimated error of one step of y' = y is e h^q."""
+        """The e for which the estimated error of one step of y' = y is e h^q.
+
+        For methods without an estimate, 0.
+        """
         powers = [1.0] * (self.stages + 1)
         for _ in range(self.order - 1):
             powers = [
                 sum(weight * power for weight, power in zip(row, powers, strict=False))
                 for row in (*self.a, self.b)
             ]
-        return abs(sum(x * y for x, y in zip(self.b_err, powers, strict=True)))
+        return abs(sum(x * y for x, y in zip(self.b_err, powers, strict=False)))
 
     @property
     def adaptive(self) -> bool:
@@ -87,6 +90,7 @@ class Coefficients:
     """(S + 1,), empty for fixed-step methods."""
     dense: Tensor
     """(P, S + 1)."""
+    error_constant: float
 
 
 @lru_cache(maxsize=64)
@@ -111,6 +115,7 @@ def coefficients(
         b=cast(tableau.b),
         b_err=cast(tableau.b_err),
         dense=cast(tableau.dense).T.contiguous(),
+        error_constant=tableau.error_constant,
     )
 
 
