@@ -105,14 +105,20 @@ class Case:
 @torch.no_grad()
 def bare(field: MLPField, y: Tensor, n: int, steps: int) -> None:
     """Do the arithmetic of n evaluations and of the gradient of some steps."""
-    kernel = field.kernel((), slots=STAGES + 1)
-    t, out = torch.zeros_like(y[:, 0]), torch.empty_like(y)
-    for _ in range(n):
-        kernel.evaluate(0, t, y, out)
+    kernel = field.kernel(())
+    times, out = y.new_zeros(STAGES, len(y)), torch.empty_like(y)
+    for first in range(0, n, STAGES):
+        kernel.begin(times)
+        for slot in range(min(STAGES, n - first)):
+            kernel.evaluate(slot, y, out)
     for _ in range(steps):
+        states, cotangents = kernel.begin_linear(times, y.shape[1])
         for slot in range(STAGES):
-            kernel.linearize(slot, t, y, out)
-            kernel.pull(slot, y, out)
+            states[slot].copy_(y)
+            kernel.linearize(slot, out)
+        for slot in range(STAGES):
+            cotangents[slot].copy_(y)
+            kernel.pull(slot, out)
         kernel.accumulate(STAGES)
 
 

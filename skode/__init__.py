@@ -1,5 +1,12 @@
 """Neural ordinary differential equations for scikit-learn."""
 
+from skode.exceptions import DivergenceError, SolverError, SolverWarning
 from skode.supervised import ODEClassifier, ODERegressor
 
-__all__ = ["ODEClassifier", "ODERegressor"]
+__all__ = [
+    "DivergenceError",
+    "ODEClassifier",
+    "ODERegressor",
+    "SolverError",
+    "SolverWarning",
+]

@@ -5,6 +5,7 @@ private names.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -35,6 +36,7 @@ __all__ = [
     "to_array",
     "to_tensor",
     "torch_dtype",
+    "undisturbed",
     "weighted_moments",
 ]
 
@@ -72,36 +74,89 @@ def resolve_device(device: str) -> torch.device:
         If torch does not know it or cannot reach it.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        # A tensor shows whether the device is there, and which one a bare "cuda" is.
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device={device!r} is not to be had here ({error}). Use device='auto' or "
             "'cpu'."
         ) from error
-    return resolved
+
+
+class _GlobalGenerators:
+    """torch's global generators, lent to fits and put back after the last of them.
+
+    Fits may run in several threads, and share these. Were each to restore what it
+    found, the last would restore what another had left behind.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._borrowers = 0
+        self._found: dict[torch.Generator, Tensor] = {}
+
+    def borrow(self, device: torch.device, seed: int) -> None:
+        """Seed the CPU's and the device's; remember what the first borrower found."""
+        generators = {torch.default_generator}
+        if device.type == "cuda":
+            generators.add(torch.cuda.default_generators[device.index])
+        with self.lock:
+            self._borrowers += 1
+            for generator in generators:
+                self._found.setdefault(generator, generator.get_state())
+                generator.manual_seed(seed)
+
+    def give_back(self) -> None:
+        """Restore all of them if nobody borrows them any longer."""
+        with self.lock:
+            self._borrowers -= 1
+            if self._borrowers == 0:
+                for generator, state in self._found.items():
+                    generator.set_state(state)
+                self._found.clear()
+
+
+_GLOBAL = _GlobalGenerators()
 
 
 @contextmanager
-def seeded(random_state) -> Iterator[torch.Generator]:
+def seeded(random_state, device: torch.device) -> Iterator[torch.Generator]:
     """Seed torch inside the block and restore it after; yield a generator.
 
-    NumPy's global state is never drawn from, so `None` takes fresh entropy.
+    The generator is the block's own. Global draws inside the block are decided by the
+    seed as long as no other thread draws; see `undisturbed`. NumPy's global state is
+    never drawn from, so `None` takes fresh entropy.
     """
     if random_state is None:
         seed = int(np.random.SeedSequence().generate_state(1)[0])
     else:
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    _GLOBAL.borrow(device, seed)
+    try:
         yield torch.Generator().manual_seed(seed)
+    finally:
+        _GLOBAL.give_back()
 
 
-def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return a tensor of the array's dtype; never shares its memory."""
-    return torch.tensor(np.ascontiguousarray(array), device=device)
+@contextmanager
+def undisturbed(generator: torch.Generator) -> Iterator[None]:
+    """Seed the CPU's global generator as `generator` was, and keep other fits from it.
+
+    For the initial weights, which torch draws from there: a fit in another thread is
+    neither seeded nor builds a net inside the block.
+    """
+    with _GLOBAL.lock:
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
+
+
+def to_tensor(
+    array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a tensor of `dtype`, or the array's; never shares its memory."""
+    return torch.tensor(np.ascontiguousarray(array), dtype=dtype, device=device)
 
 
 def to_array(tensor: Tensor) -> np.ndarray:
@@ -122,8 +177,8 @@ def apply(
     parts = []
     with torch.no_grad():
         for start in range(0, len(X), _ROWS_AT_ONCE):
-            rows = torch.tensor(np.ascontiguousarray(X[start : start + _ROWS_AT_ONCE]))
-            parts.append(to_array(function(rows.to(example.device, dtype))))
+            rows = X[start : start + _ROWS_AT_ONCE]
+            parts.append(to_array(function(to_tensor(rows, example.device, dtype))))
     return np.concatenate(parts)
 
 

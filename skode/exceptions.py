@@ -69,7 +69,7 @@ class SolverWarning(UserWarning):
 
 
 class DivergenceError(RuntimeError):
-    """A fit whose loss stopped being finite, and that no lower learning rate saved.
+    """A fit whose loss was not finite, or whose ODE could not be solved, to its end.
 
     Parameters
     ----------
@@ -77,6 +77,11 @@ class DivergenceError(RuntimeError):
         Epoch of the last attempt, from 1.
     reason : str
         What happened there.
+
+    Attributes
+    ----------
+    epoch, reason
+        As passed.
     """
 
     def __init__(self, epoch: int, reason: str) -> None:
@@ -85,9 +90,10 @@ class DivergenceError(RuntimeError):
         self.reason = reason
 
     def __str__(self) -> str:
-        """Say when, why, what is kept, and what to do."""
+        """Say when, what is kept, what to do, and why."""
         return (
-            f"The fit diverged in epoch {self.epoch} and lower learning rates did not "
-            f"help. {self.reason} The best weights are kept, so the estimator can "
-            "predict; standardise the data, lower learning_rate_init, or raise alpha."
+            f"The fit diverged in epoch {self.epoch} and was given up. The estimator "
+            "keeps its best weights, or those it began with if no epoch succeeded. "
+            "Standardise the data, lower learning_rate_init, or raise alpha. What "
+            f"happened: {self.reason}"
         )

@@ -35,6 +35,7 @@ from skode._border import (
     softmax,
     to_tensor,
     torch_dtype,
+    undisturbed,
     weighted_moments,
 )
 from skode._nn.fields import ACTIVATIONS
@@ -44,7 +45,7 @@ from skode._nn.losses import (
     regression_loss,
     weighted_mean,
 )
-from skode._nn.ode_net import METHODS, Integration, Standardizer, build
+from skode._nn.ode_net import METHODS, Integration, build
 from skode._training import (
     History,
     Training,
@@ -278,7 +279,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
     n_outputs_ : int
         Number of targets.
     module_ : torch.nn.Module
-        The fitted net.
+        The fitted net; with `standardize`, it takes standardised rows.
     state_size_ : int
         Width of the state.
     loss_curve_ : list of float
@@ -413,8 +414,8 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         Raises
         ------
         DivergenceError
-            If the loss stopped being finite and lower learning rates did not help;
-            the best weights are kept.
+            If the loss stopped being finite and lower learning rates did not help, or
+            if no epoch succeeded; the best weights are kept.
         """
         fresh = not (self.warm_start and hasattr(self, "module_"))
         X, y = validate_data(self, X, y, dtype=FLOATS, multi_output=True, reset=fresh)
@@ -447,20 +448,27 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         -------
         self : ODEClassifier
             The estimator.
+
+        Raises
+        ------
+        DivergenceError
+            If the loss was not finite; the weights stay as they were.
         """
         fresh = not hasattr(self, "module_")
         X, y = validate_data(self, X, y, dtype=FLOATS, multi_output=True, reset=fresh)
         check_classification_targets(y)
-        if fresh:
-            if classes is None:
-                raise ValueError(
-                    "The first call of partial_fit needs classes=, all labels that "
-                    "will ever come."
-                )
+        if classes is not None:
             listed = classes if y.ndim == 2 else [classes]
-            self._set_classes([np.unique(labels) for labels in listed], y.ndim)
-        elif classes is not None and y.ndim == 1:
-            _check_same_classes(self.classes_, [np.unique(classes)], 1)
+            classes = [np.unique(labels) for labels in listed]
+        elif fresh:
+            raise ValueError(
+                "The first call of partial_fit needs classes=, all labels that will "
+                "ever come."
+            )
+        if fresh:
+            self._set_classes(classes, y.ndim)
+        elif classes is not None:
+            _check_same_classes(self.classes_, classes, y.ndim)
         weight = self._weights(X, y, sample_weight)
         _partial_fit(self, X, self._encode(y), weight, self._task(), fresh)
         return self
@@ -578,8 +586,9 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
             unknown = np.setdiff1d(column, classes)
             if len(unknown):
                 raise ValueError(
-                    f"y has labels {list(unknown)} that are not in classes_ "
-                    f"{list(classes)}; pass all of them as classes= in the first call."
+                    f"y has labels {_plain(unknown)} that are not in classes_ "
+                    f"{_plain(classes)}; pass all of them as classes= in the first "
+                    "call."
                 )
         codes = [
             np.searchsorted(c, col) for c, col in zip(listed, columns, strict=True)
@@ -701,7 +710,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
     n_outputs_ : int
         Number of targets.
     module_ : torch.nn.Module
-        The fitted net.
+        The fitted net; with `standardize`, it takes standardised rows.
     state_size_ : int
         Width of the state.
     loss_curve_ : list of float
@@ -836,8 +845,8 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         Raises
         ------
         DivergenceError
-            If the loss stopped being finite and lower learning rates did not help;
-            the best weights are kept.
+            If the loss stopped being finite and lower learning rates did not help, or
+            if no epoch succeeded; the best weights are kept.
         """
         fresh = not (self.warm_start and hasattr(self, "module_"))
         X, weight, targets = self._targets(X, y, sample_weight, fresh)
@@ -861,6 +870,11 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         -------
         self : ODERegressor
             The estimator.
+
+        Raises
+        ------
+        DivergenceError
+            If the loss was not finite; the weights stay as they were.
         """
         fresh = not hasattr(self, "module_")
         X, weight, targets = self._targets(X, y, sample_weight, fresh)
@@ -923,11 +937,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
             self.n_outputs_ = targets.shape[1]
             self._flat_target = y.ndim == 1
             self._gaussian = self.loss == "gaussian"
-            self._target_shift, self._target_scale = (
-                weighted_moments(targets, weight)
-                if self.standardize
-                else (np.zeros(self.n_outputs_), np.ones(self.n_outputs_))
-            )
+            self._target_shift, self._target_scale = _moments(self, targets, weight)
         elif targets.shape[1] != self.n_outputs_:
             raise ValueError(
                 f"y has {targets.shape[1]} targets, but the model being continued has "
@@ -967,13 +977,16 @@ class _Task:
 
 def _fit(est, X, targets, weight, task, fresh):
     """Train a net, new or found, until it converges; set the fitted attributes."""
-    with seeded(est.random_state) as generator:
+    device = resolve_device(est.device)
+    with seeded(est.random_state, device) as generator:
+        if fresh:
+            est._feature_shift, est._feature_scale = _moments(est, X, weight)
         hold_out = _holds_out(est, np.count_nonzero(weight))
         seed = generator.initial_seed() if hold_out else None
-        data = _Data.of(est, X, targets, weight, task, seed)
+        data = _Data.of(est, X, targets, weight, task, device, seed)
         if fresh:
-            est.module_ = _new_net(est, X, weight, task)
-        est.module_.to(data.x.device, data.x.dtype).train()
+            est.module_ = _new_net(est, X.shape[1], task, generator)
+        est.module_.to(device, data.x.dtype)
         est._optimizer = None
         history = History()
         try:
@@ -990,10 +1003,11 @@ def _fit(est, X, targets, weight, task, fresh):
             est.module_.eval()
             _record(est, history)
     if not history.converged and not history.interrupted:
+        watched = "validation score still rose" if hold_out else "loss still fell"
         warnings.warn(
-            f"The loss still fell by more than tol={est.tol:g} an epoch after "
-            f"max_iter={est.max_iter} epochs: raise max_iter or learning_rate_init, "
-            "or loosen tol.",
+            f"The {watched} by more than tol={est.tol:g} an epoch when the fit ended "
+            f"after {est.n_iter_} epochs: raise max_iter or learning_rate_init, or "
+            "loosen tol.",
             ConvergenceWarning,
             stacklevel=4,  # through scikit-learn's wrapper of fit
         )
@@ -1001,15 +1015,20 @@ def _fit(est, X, targets, weight, task, fresh):
 
 def _partial_fit(est, X, targets, weight, task, fresh):
     """Train for one epoch; keep the optimiser's memory between calls."""
-    with seeded(est.random_state) as generator:
-        data = _Data.of(est, X, targets, weight, task, seed=None)
+    device = resolve_device(est.device)
+    with seeded(est.random_state, device) as generator:
         if fresh:
-            est.module_ = _new_net(est, X, weight, task)
+            est._feature_shift, est._feature_scale = _moments(est, X, weight)
+        data = _Data.of(est, X, targets, weight, task, device, seed=None)
+        if fresh:
+            est.module_ = _new_net(est, X.shape[1], task, generator)
             _record(est, History())
-        est.module_.to(data.x.device, data.x.dtype).train()
+        est.module_.to(device, data.x.dtype)
         how = _training(est, len(data.x))
         if getattr(est, "_optimizer", None) is None:
             est._optimizer = make_optimizer(est.module_, how)
+        # Loading moves its memory to where the weights are now, and to their dtype.
+        est._optimizer.load_state_dict(est._optimizer.state_dict())
         try:
             loss = train_once(
                 est.module_,
@@ -1034,27 +1053,40 @@ def _record(est, history):
     est.best_validation_score_ = history.best_score
 
 
-def _new_net(est, X, weight, task):
-    """Return an untrained net for the rows of X."""
+def _moments(est, values, weight):
+    """Return shift and scale by column: 0 and 1 without `standardize`."""
+    if est.standardize:
+        return weighted_moments(values, weight)
+    return np.zeros(values.shape[1]), np.ones(values.shape[1])
+
+
+def _standardized(est, X):
+    """Return features in standardised units.
+
+    In float64 even where the net computes in float32, which would keep next to nothing
+    of a column such as timestamps: large, and all alike.
+    """
+    return (X - est._feature_shift) / est._feature_scale
+
+
+def _new_net(est, n_features, task, generator):
+    """Return an untrained net, of weights that the generator's seed decides."""
     width = est.state_size
     if width == "auto":
-        width = X.shape[1] + 5
+        width = n_features + 5
         if est.encoder == "linear":
-            width = min(64, max(16, X.shape[1]))
+            width = min(64, max(16, n_features))
     est.state_size_ = width
-    shift, scale = np.zeros(X.shape[1]), np.ones(X.shape[1])
-    if est.standardize:
-        shift, scale = weighted_moments(X, weight)
-    cpu = resolve_device("cpu")
-    return build(
-        Standardizer(to_tensor(shift, cpu), to_tensor(scale, cpu)),
-        task.n_outputs,
-        encoder=est.encoder,
-        width=width,
-        hidden=_widths(est.hidden_layer_sizes),
-        activation=est.activation,
-        field=est.field,
-    )
+    with undisturbed(generator):
+        return build(
+            n_features,
+            task.n_outputs,
+            encoder=est.encoder,
+            width=width,
+            hidden=_widths(est.hidden_layer_sizes),
+            activation=est.activation,
+            field=est.field,
+        )
 
 
 def _widths(sizes):
@@ -1067,7 +1099,7 @@ def _widths(sizes):
 
 @dataclass(frozen=True)
 class _Data:
-    """Training rows as tensors, and held-out rows."""
+    """Training rows as tensors, and held-out rows; both in standardised units."""
 
     x: object
     y: object
@@ -1075,21 +1107,23 @@ class _Data:
     held: tuple | None
 
     @classmethod
-    def of(cls, est, X, targets, weight, task, seed):
+    def of(cls, est, X, targets, weight, task, device, seed):
         """Drop rows of weight 0, hold some out unless `seed` is None, make tensors."""
+        dtype = torch_dtype(est.dtype, X)
         kept = weight > 0
-        X, targets, weight = X[kept], targets[kept], weight[kept]
+        X, targets, weight = _standardized(est, X[kept]), targets[kept], weight[kept]
         held = None
         if seed is not None:
             rows, held_rows = _split(est, targets, task, seed)
             held = X[held_rows], targets[held_rows], weight[held_rows]
             X, targets, weight = X[rows], targets[rows], weight[rows]
-        device, dtype = resolve_device(est.device), torch_dtype(est.dtype, X)
-        x = to_tensor(X, device).to(dtype)
-        y = to_tensor(targets, device)
-        if y.is_floating_point():
-            y = y.to(dtype)
-        return cls(x, y, to_tensor(weight / weight.mean(), device).to(dtype), held)
+        codes = targets.dtype.kind == "i"
+        return cls(
+            to_tensor(X, device, dtype),
+            to_tensor(targets, device, None if codes else dtype),
+            to_tensor(weight / weight.mean(), device, dtype),
+            held,
+        )
 
 
 def _holds_out(est, n_rows):
@@ -1123,7 +1157,6 @@ def _objective(est, data, task):
     how = _integration(est)
 
     def objective(rows):
-        rows = rows.to(data.x.device)
         outputs = est.module_(data.x[rows], how)
         return weighted_mean(task.loss(outputs, data.y[rows]), data.weight[rows])
 
@@ -1133,9 +1166,10 @@ def _objective(est, data, task):
 def _validation(est, data, task):
     """Return a function that scores the held-out rows."""
     X, targets, weight = data.held
+    how = _integration(est)
 
     def validate():
-        outputs = _apply(est, lambda x: est.module_(x, _integration(est)), X)
+        outputs = apply(lambda x: est.module_(x, how), X, est.module_)
         if task.score is not None:
             return float(task.score(outputs, targets, weight))
         cpu = resolve_device("cpu")
@@ -1184,7 +1218,7 @@ def _check_rows(est, X):
 def _apply(est, function, X):
     """Map rows through a function of tensors, on the device asked for now."""
     est.module_.to(resolve_device(est.device))
-    return apply(function, X, est.module_)
+    return apply(function, _standardized(est, X), est.module_)
 
 
 def _classes_of(y):
@@ -1198,9 +1232,16 @@ def _check_same_classes(known, classes, ndim):
     )
     if not same or isinstance(known, list) != (ndim == 2):
         raise ValueError(
-            f"A model is continued with the same classes: it has {known}, y has "
-            f"{classes if ndim == 2 else classes[0]}."
+            f"A model is continued with the same classes: it has {_plain(known)}, not "
+            f"{_plain(classes if ndim == 2 else classes[0])}."
         )
+
+
+def _plain(classes):
+    """Return the classes of one target, or of several, for a message."""
+    if isinstance(classes, list):
+        return [_plain(labels) for labels in classes]
+    return classes.tolist()
 
 
 def _accuracy(outputs, codes, weight, sizes):

@@ -1,6 +1,8 @@
 """Small tables, and estimators small enough to be fitted to them in a moment."""
 
 import numpy as np
+import torch
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from skode import ODEClassifier, ODERegressor
@@ -38,6 +40,12 @@ def curve(n_rows=60, noise=0.0, seed=0):
     X = rng.uniform(-2.0, 2.0, (n_rows, 2))
     y = np.sin(X[:, 0]) + 0.5 * X[:, 1] + noise * rng.standard_normal(n_rows)
     return X, y
+
+
+def encoded(model, X):
+    """Return the states of the rows it was fitted to at t = 0, as a tensor."""
+    with torch.no_grad():
+        return model.module_.encoder(torch.tensor(StandardScaler().fit_transform(X)))
 
 
 class Still(nn.Module):

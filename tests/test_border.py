@@ -19,6 +19,7 @@ from skode._border import (
     to_array,
     to_tensor,
     torch_dtype,
+    undisturbed,
     weighted_moments,
 )
 
@@ -30,8 +31,11 @@ def table(rows=20, dtype=np.float64):
 # ----------------------------------------------------------------------- seeds
 
 
+CPU = torch.device("cpu")
+
+
 def draws(state):
-    with seeded(state) as generator:
+    with seeded(state, CPU) as generator:
         return torch.rand(2).tolist() + torch.rand(2, generator=generator).tolist()
 
 
@@ -53,11 +57,43 @@ def test_none_is_fresh_entropy():
 def test_global_states_are_left_alone(state):
     before, numpys = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     draws(state)
-    with pytest.raises(ZeroDivisionError), seeded(state):
+    with pytest.raises(ZeroDivisionError), seeded(state, CPU):
         torch.rand(1)
         raise ZeroDivisionError
     assert torch.equal(torch.random.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpys)  # noqa: NPY002
+
+
+def test_blocks_that_overlap_restore_what_the_first_found():
+    before = torch.random.get_rng_state()
+    one, other = seeded(0, CPU), seeded(1, CPU)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert not torch.equal(torch.random.get_rng_state(), before)
+    other.__exit__(None, None, None)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_block_inside_another_restores_nothing_yet():
+    with seeded(0, CPU):
+        with seeded(1, CPU):
+            torch.rand(1)
+        inner = torch.random.get_rng_state()
+    assert not torch.equal(torch.random.get_rng_state(), inner)
+    assert draws(2) == draws(2)
+
+
+def test_what_is_drawn_undisturbed_follows_the_seed():
+    with seeded(3, CPU) as generator:
+        first = torch.rand(2)
+        with seeded(4, CPU), undisturbed(generator):
+            assert torch.equal(torch.rand(2), first)
+
+
+def test_many_gpus_are_no_reason_to_warn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert draws(3) == draws(3)
 
 
 # --------------------------------------------------------------------- moments
@@ -111,11 +147,17 @@ def test_a_narrow_column_is_scaled():
 def test_tensors_are_copies_of_the_dtype():
     for dtype in (np.float32, np.float64, np.int64):
         X = table(dtype=dtype)
-        tensor = to_tensor(X[::-2], torch.device("cpu"))
+        tensor = to_tensor(X[::-2], CPU)
         kept = tensor.clone()
         X[:] = 0
         assert torch.equal(tensor, kept) and tensor.any()
         assert to_array(tensor).dtype == dtype
+
+
+def test_tensors_of_another_dtype_are_rounded_once():
+    X = table()
+    single = to_tensor(X, CPU, torch.float32)
+    assert np.array_equal(to_array(single), X.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -180,6 +222,12 @@ def test_devices_in_reach():
     assert resolve_device("auto").type == wanted
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_is_named_by_its_number(device):
+    assert resolve_device(device) == torch.device("cuda", 0)
+
+
 # --------------------------------------------------------------------- pickles
 
 
@@ -207,6 +255,9 @@ def test_modules_are_pickled_on_the_cpu():
 @pytest.mark.gpu
 def test_the_global_state_of_the_gpu_is_left_alone():
     before = torch.cuda.get_rng_state()
-    with seeded(0):
-        torch.rand(3, device="cuda")
-    assert torch.equal(torch.cuda.get_rng_state(), before)
+    rows = []
+    for _ in range(2):
+        with seeded(0, resolve_device("cuda")):
+            rows.append(torch.rand(3, device="cuda").tolist())
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert rows[0] == rows[1]

@@ -1,14 +1,16 @@
 """The solver as seen through a fitted estimator: after `fit`, per row, and failing."""
 
 import pickle
+import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from skode.exceptions import DivergenceError, SolverError, SolverWarning
-from tests.tables import Spring, Still, blobs, classifier, curve, regressor
+from skode import DivergenceError, SolverError, SolverWarning
+from tests.tables import Spring, Still, blobs, classifier, curve, encoded, regressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 BOTH = pytest.mark.parametrize(
@@ -130,12 +132,10 @@ def test_gradients_by_different_means_agree():
 
 def test_the_trajectory_begins_at_the_encoder(lively):
     model, X = lively
-    with torch.no_grad():
-        start = model.module_.encoder(model.module_.scaler(torch.tensor(X))).numpy()
     states = model.trajectory(X, [0.0, 0.5, 1.0])
     assert states.shape == (len(X), 3, 4)
-    assert np.array_equal(states[:, 0], start)
-    assert np.array_equal(model.trajectory(X, [0.0])[:, 0], start)
+    np.testing.assert_allclose(states[:, 0], encoded(model, X), rtol=1e-12, atol=1e-15)
+    assert np.array_equal(model.trajectory(X, [0.0])[:, 0], states[:, 0])
 
 
 def test_the_trajectory_ends_at_the_transform(lively):
@@ -205,8 +205,8 @@ def test_a_field_of_ones_own(make, table):
     assert isinstance(model.module_.field, Spring)
     assert model.score(X, y) > 0.8
     with torch.no_grad():
-        start = model.module_.encoder(model.module_.scaler(torch.tensor(X)))
-        wanted = start @ torch.matrix_exp(model.module_.field.matrix.weight).T
+        flow = torch.matrix_exp(model.module_.field.matrix.weight)
+    wanted = encoded(model, X) @ flow.T
     exact = model.set_params(rtol=1e-8, atol=1e-8).transform(X)
     np.testing.assert_allclose(exact, wanted, rtol=1e-5, atol=1e-6)
 
@@ -215,11 +215,10 @@ def test_a_field_of_ones_own(make, table):
 def test_a_field_that_stands_still_leaves_encoder_and_head(make, table):
     X, y = table()
     model = make(field=Still).fit(X, y)
-    net = model.module_
+    start = encoded(model, X)
     with torch.no_grad():
-        start = net.encoder(net.scaler(torch.tensor(X)))
-        raw = net.head(start).numpy()
-    assert np.array_equal(model.transform(X), start.numpy())
+        raw = model.module_.head(start).numpy()
+    np.testing.assert_allclose(model.transform(X), start, rtol=1e-12, atol=1e-15)
     if make is classifier:
         assert np.array_equal(model.predict(X), raw.argmax(axis=1))
         assert model.score(X, y) > 0.9
@@ -282,8 +281,12 @@ def test_a_rate_that_is_too_high_is_lowered(make, table):
     with pytest.warns(SolverWarning) as caught:
         model.fit(X, y)
     first = str(caught[0].message)
-    assert "Epoch 2 diverged" in first and "not finite" in first
-    assert "learning rate to 6; set learning_rate_init to that" in first
+    assert re.fullmatch(
+        r"Epoch 2 diverged, so the fit went back to its best weights and lowered the "
+        r"learning rate to 6; set learning_rate_init to that to avoid this\. What "
+        r"happened: 60 of 60 rows met values that are not finite .*\.",
+        first,
+    )
     assert np.isfinite(model.predict(X)).all()
     assert np.isfinite(model.loss_curve_).all() and model.n_iter_ > 1
 
@@ -327,6 +330,28 @@ def test_a_fit_that_no_rate_saves_can_still_predict(make, table):
     assert np.isfinite(model.predict(X)).all()
     # The weights kept are those of the best loss that was seen.
     assert _loss(model, X, y) == pytest.approx(model.best_loss_, rel=1e-6)
+
+
+class Hopeless(Spring):
+    """A field that is never a number in training."""
+
+    def forward(self, t, y):
+        return y * torch.nan if torch.is_grad_enabled() else super().forward(t, y)
+
+
+@pytest.mark.parametrize("max_iter", [1, 3, 20])
+@BOTH
+def test_a_fit_none_of_whose_epochs_succeeded_says_so(make, table, max_iter):
+    X, y = table()
+    model = make(field=Hopeless, max_iter=max_iter)
+    tried = min(max_iter, 6)
+    advice = f"diverged in epoch {tried} .* those it began with .* not finite"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(DivergenceError, match=advice):
+            model.fit(X, y)
+    assert [w.category for w in caught] == [SolverWarning] * (tried - 1)
+    assert model.n_iter_ == 0 and model.loss_ is None
 
 
 @BOTH

@@ -1,16 +1,19 @@
 """What `ODEClassifier` and `ODERegressor` learn: targets, weights, losses, calls."""
 
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import accuracy_score, r2_score
 
 from skode import ODEClassifier, ODERegressor, supervised
-from tests.tables import blobs, classifier, curve, regressor
+from tests.tables import Spring, blobs, classifier, curve, regressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 BOTH = pytest.mark.parametrize(
@@ -208,11 +211,10 @@ def test_partial_fit_of_a_regressor():
 def test_the_first_call_decides_the_scales():
     X, y = curve()
     model = regressor().partial_fit(X, y)
-    scaler = model.module_.scaler
-    np.testing.assert_allclose(scaler.shift, X.mean(axis=0))
-    np.testing.assert_allclose(scaler.scale, X.std(axis=0))
-    model.partial_fit(100 + 50 * X, y)
-    np.testing.assert_allclose(scaler.shift, X.mean(axis=0))
+    for other in (100 + 50 * X, X):
+        np.testing.assert_allclose(model._feature_shift, X.mean(axis=0))
+        np.testing.assert_allclose(model._feature_scale, X.std(axis=0))
+        model.partial_fit(other, y)
 
 
 def test_partial_fit_needs_the_classes_first():
@@ -220,12 +222,12 @@ def test_partial_fit_needs_the_classes_first():
     model = classifier()
     with pytest.raises(ValueError, match=r"first call of partial_fit needs classes="):
         model.partial_fit(X, y)
-    with pytest.raises(ValueError, match=r"labels \[.*2.*\] that are not in classes_"):
+    with pytest.raises(ValueError, match=r"labels \[2\] that .* classes_ \[0, 1\]"):
         model.partial_fit(X, y, classes=[0, 1])
     model.partial_fit(X[y < 2], y[y < 2], classes=[2, 1, 0])
     assert list(model.classes_) == [0, 1, 2]
     model.partial_fit(X, y)
-    with pytest.raises(ValueError, match="the same classes"):
+    with pytest.raises(ValueError, match=r"has \[0, 1, 2\], not \[0, 1, 2, 3\]"):
         model.partial_fit(X, y, classes=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="not in classes_"):
         model.partial_fit(X, y + 7)
@@ -239,6 +241,9 @@ def test_partial_fit_of_several_targets():
     assert model.score(X, y) > 0.9
     with pytest.raises(ValueError, match="1 target"):
         model.partial_fit(X, y[:, 0])
+    model.partial_fit(X, y, classes=[[0, 1, 2], [10, 11]])
+    with pytest.raises(ValueError, match=r"not \[\[0, 1, 2\], \[10, 12\]\]"):
+        model.partial_fit(X, y, classes=[[0, 1, 2], [10, 12]])
 
 
 def test_partial_fit_does_not_forget_the_optimiser():
@@ -248,6 +253,26 @@ def test_partial_fit_does_not_forget_the_optimiser():
     model.partial_fit(X, y)
     assert model._optimizer is optimiser
     assert next(iter(optimiser.state.values()))["step"] == 2
+
+
+@BOTH
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_partial_fit_takes_chunks_of_either_dtype(make, table, optimizer):
+    X, y = table()
+    model = make(optimizer=optimizer)
+    classes = {"classes": [0, 1]} if make is classifier else {}
+    for dtype in (np.float64, np.float32, np.float64):
+        model.partial_fit(X.astype(dtype), y, **classes)
+        assert model.transform(X.astype(dtype)).dtype == dtype
+    assert model.n_iter_ == 3
+
+
+def test_partial_fit_reads_the_learning_rate_anew():
+    X, y = curve()
+    model = regressor().partial_fit(X, y)
+    before = weights_of(model)
+    model.set_params(learning_rate_init=1e-6).partial_fit(X, y)
+    assert 0 < np.abs(weights_of(model) - before).max() < 1e-4
 
 
 def test_partial_fit_counts_weights():
@@ -291,7 +316,7 @@ def test_warm_start_keeps_the_targets():
     X, y = blobs(n_classes=3)
     model = classifier(warm_start=True, max_iter=3).fit(X, y)
     for other in (y % 2, y + 1, np.stack([y, y], axis=1)):
-        with pytest.raises(ValueError, match="continued with the same classes"):
+        with pytest.raises(ValueError, match=r"the same classes: it has \[0, 1, 2\],"):
             model.fit(X, other)
     X, y = curve()
     model = regressor(warm_start=True, max_iter=3).fit(X, y)
@@ -317,7 +342,7 @@ def test_warm_start_keeps_the_features(make, table):
 @BOTH
 def test_it_warns_where_it_has_not_converged_and_only_there(make, table):
     X, y = table()
-    advice = "after max_iter=15 epochs: raise max_iter or learning_rate_init"
+    advice = "loss still fell .* after 15 epochs: raise max_iter or learning_rate_init"
     with pytest.warns(ConvergenceWarning, match=advice) as caught:
         make(max_iter=15).fit(X, y)
     assert caught[0].filename == __file__
@@ -325,6 +350,25 @@ def test_it_warns_where_it_has_not_converged_and_only_there(make, table):
         warnings.simplefilter("error")
         model = make(max_iter=200, tol=1e-3).fit(X, y)
     assert model.n_iter_ < 200
+
+
+def test_with_early_stopping_it_warns_of_the_score():
+    X, y = curve(200)
+    model = regressor(early_stopping=True, max_iter=15)
+    with pytest.warns(ConvergenceWarning, match="validation score still rose by more"):
+        model.fit(X, y)
+
+
+def test_it_has_converged_when_the_score_has_stopped_improving(monkeypatch):
+    X, y = curve(200)
+    # A plateau of 6 epochs; then the falling rate finds a little more.
+    scores = iter([0.5] * 9 + [0.6 + 0.01 * i for i in range(60)])
+    monkeypatch.setattr(supervised, "r2_score", lambda *args, **kwargs: next(scores))
+    model = regressor(early_stopping=True, max_iter=60, n_iter_no_change=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(X, y)
+    assert model.n_iter_ == 11
 
 
 @BOTH
@@ -518,6 +562,27 @@ def test_raw_units_work(dtype):
     assert classifier(max_iter=30).fit(raw, labels).score(raw, labels) > 0.9
 
 
+@BOTH
+@pytest.mark.parametrize("given", [np.float64, np.int64])
+def test_float32_keeps_what_a_large_offset_hides(make, table, given):
+    X, y = table()
+    X = (1e4 * X).round()
+    times = (X + 1_700_000_000).astype(given)  # neighbours in float32: 128 apart
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    offset = make(dtype="float32", max_iter=5).fit(times, y)
+    plain = make(dtype="float32", max_iter=5).fit(X, y)
+    np.testing.assert_allclose(outputs(offset, times), outputs(plain, X), **close)
+    np.testing.assert_allclose(offset.transform(times), plain.transform(X), **close)
+    np.testing.assert_allclose(
+        offset.trajectory(times, [0.5]), plain.trajectory(X, [0.5]), **close
+    )
+    assert np.array_equal(offset.evaluations(times), plain.evaluations(X))
+    offset.partial_fit(times, y), plain.partial_fit(X, y)
+    np.testing.assert_allclose(outputs(offset, times), outputs(plain, X), **close)
+    held = make(dtype="float32", max_iter=20, early_stopping=True).fit(times, y)
+    assert held.best_validation_score_ > 0.8
+
+
 def test_units_do_not_matter():
     X, y = curve()
     plain = regressor().fit(X, y)
@@ -531,9 +596,9 @@ def test_units_do_not_matter():
 def test_without_standardisation_the_net_sees_raw_rows(make, table):
     X, y = table()
     raw = make(standardize=False, max_iter=4).fit(X, y)
-    scaler = raw.module_.scaler
-    assert scaler.shift.tolist() == [0.0] * X.shape[1]
-    assert scaler.scale.tolist() == [1.0] * X.shape[1]
+    with torch.no_grad():
+        start = raw.module_.encoder(torch.tensor(X)).numpy()
+    assert np.array_equal(raw.trajectory(X, [0.0])[:, 0], start)
     assert not np.allclose(outputs(raw, X), outputs(make(max_iter=4).fit(X, y), X))
 
 
@@ -582,6 +647,51 @@ def test_global_random_states_are_left_alone(make, table, seed):
     assert torch.equal(torch.random.get_rng_state(), torchs)
     after = np.random.get_state()[1:3]  # noqa: NPY002
     assert np.array_equal(after[0], keys) and after[1] == position
+
+
+class Forgetful(Spring):
+    """A field that draws from torch's global generator whenever it is trained."""
+
+    def forward(self, t, y):
+        return super().forward(t, torch.nn.functional.dropout(y, 0.2, self.training))
+
+
+@BOTH
+def test_the_seed_decides_the_dropout_of_a_field(make, table):
+    X, y = table()
+    params = {"field": Forgetful, "solver": "rk4", "step_size": 0.5, "max_iter": 3}
+    fits = [
+        weights_of(make(random_state=seed, **params).fit(X, y)) for seed in (0, 0, 1)
+    ]
+    assert np.array_equal(fits[0], fits[1])
+    assert not np.array_equal(fits[0], fits[2])
+
+
+def test_scores_are_taken_without_dropout():
+    X, y = curve(200)
+    params = {"field": Forgetful, "solver": "rk4", "step_size": 0.5, "tol": 0.0}
+    model = regressor(early_stopping=True, learning_rate_init=1e-9, **params).fit(X, y)
+    assert np.ptp(model.validation_scores_) < 1e-4
+
+
+def slow_to_build(width):
+    time.sleep(0.05)  # lets another thread draw between the encoder and this
+    return Spring(width)
+
+
+@BOTH
+def test_fits_in_two_threads_are_those_of_one(make, table):
+    X, y = table(n_rows=300)
+    models = [
+        make(random_state=seed, max_iter=3, field=slow_to_build) for seed in (0, 1)
+    ]
+    alone = [weights_of(clone(model).fit(X, y)) for model in models]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(2) as pool:
+        together = [weights_of(m) for m in pool.map(lambda m: m.fit(X, y), models)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)
 
 
 # ---------------------------------------------------------------------- advice

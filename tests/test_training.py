@@ -1,7 +1,6 @@
 """Training with toy modules: schedule, batches, what is kept, and recovery."""
 
 import math
-import re
 import warnings
 from itertools import chain
 
@@ -89,6 +88,23 @@ def test_a_plateau_brings_the_decay_forward():
         [1 - i / 10 for i in range(11)]
     )
     assert not schedule.done(19) and schedule.done(20)
+
+
+def test_what_the_falling_rate_gains_does_not_undo_a_plateau():
+    schedule = _Schedule(how(max_iter=100, n_iter_no_change=10))
+    for epoch in range(20):
+        schedule.watch(epoch, 1.0 if epoch < 12 else 0.5)
+    assert schedule.converged
+
+
+def test_a_gain_up_to_the_end_is_no_convergence():
+    schedule = _Schedule(how(max_iter=30, n_iter_no_change=10, tol=0.1))
+    for epoch in range(30):
+        schedule.watch(epoch, -0.2 * epoch)
+        assert not schedule.converged
+    for epoch in range(30, 41):  # less than tol an epoch, and no plateau
+        schedule.watch(epoch, -6.0 - 0.05 * (epoch - 30))
+    assert schedule.converged
 
 
 def test_progress_keeps_the_rate_up():
@@ -179,6 +195,24 @@ def test_matrices_decay_and_biases_do_not(optimizer):
     assert 0.9 < float(module.matrix.detach()) < 0.96
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adam_is_that_of_the_paper(dtype):
+    """Loshchilov & Hutter (2019), arXiv:1711.05101, Algorithm 2."""
+    module, targets = Point(1.0).to(dtype), [0.0, 3.0, -1.0, 0.5]
+    step = make_optimizer(module, how(alpha=0.5))
+    weight, m, v = 1.0, 0.0, 0.0
+    for t, target in enumerate(targets, start=1):
+        step.zero_grad()
+        towards(module, target)(None).backward()
+        step.step()
+        slope = 2 * (weight - target)
+        m, v = 0.9 * m + 0.1 * slope, 0.99 * v + 0.01 * slope**2
+        scaled = (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.99**t)) + 1e-8)
+        weight -= 0.1 * scaled + 0.1 * 0.5 * weight
+        rel = 1e-12 if dtype == torch.float64 else 1e-5
+        assert float(module.matrix.detach()) == pytest.approx(weight, rel=rel)
+
+
 def test_a_huge_gradient_is_clipped():
     module = Point()
     settings = how(optimizer="sgd", max_iter=1)
@@ -204,6 +238,21 @@ def test_the_weights_of_the_best_score_are_kept():
     assert history.scores == scores and history.best_score == 0.9
     assert float(module.matrix.detach()) == weights[2]
     assert len(set(weights)) == 5
+
+
+def test_scores_are_taken_in_evaluation_mode_and_epochs_are_not():
+    module, modes = Point().eval(), []
+
+    def objective(rows):
+        modes.append(module.training)
+        return module.matrix.square().sum()
+
+    def validate():
+        modes.append(module.training)
+        return 0.0
+
+    train(module, objective, 1, how(max_iter=3), generator(), validate)
+    assert modes == [True, False] * 3
 
 
 def test_training_stops_when_the_score_has_stopped_improving():
@@ -235,7 +284,11 @@ def test_after_a_divergence_it_goes_back_and_learns_more_slowly():
     settings = how(max_iter=8, learning_rate=6.0)
     with pytest.warns(SolverWarning) as caught:
         history = train(module, cliff, 1, settings, generator())
-    assert re.search(r"Epoch 2 diverged .* to 1\.8; set learn", str(caught[0].message))
+    assert str(caught[0].message) == (
+        "Epoch 2 diverged, so the fit went back to its best weights and lowered the "
+        "learning rate to 1.8; set learning_rate_init to that to avoid this. What "
+        "happened: The loss is not finite."
+    )
     # The step from 0 led over the edge, so it goes back to 0, not to the bad weights.
     assert cliff.seen[:3] == [0.0, pytest.approx(6.0, rel=1e-4), 0.0]
     assert 0 < cliff.seen[3] < 5
@@ -285,6 +338,38 @@ def test_when_no_rate_helps_it_says_so_and_keeps_the_best(failure):
     assert float(module.matrix.detach()) == calls[2]
     rates = [float(str(w.message).split("rate to ")[1].split(";")[0]) for w in caught]
     assert rates == pytest.approx([0.1 * 0.3**i for i in range(1, 6)], rel=1e-2)
+
+
+@pytest.mark.parametrize("max_iter", [1, 3, 5])
+def test_a_fit_without_a_good_epoch_is_an_error_however_few_there_are(max_iter):
+    module = Point(2.0)
+    history = History()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(DivergenceError) as error:
+            train(
+                module,
+                lambda rows: math.nan * module.matrix.sum(),
+                1,
+                how(max_iter=max_iter),
+                generator(),
+                history=history,
+            )
+    assert error.value.epoch == max_iter and len(caught) == max_iter - 1
+    assert "those it began with if no epoch succeeded" in str(error.value)
+    assert history.loss == [] and float(module.matrix.detach()) == 2
+
+
+def test_one_good_epoch_is_a_fit():
+    module, calls = Point(), []
+
+    def objective(rows):
+        calls.append(None)
+        return module.matrix.sum() * (1.0 if len(calls) == 2 else math.nan)
+
+    with pytest.warns(SolverWarning) as caught:
+        history = train(module, objective, 1, how(max_iter=3), generator())
+    assert len(history.loss) == 1 and len(caught) == 2
 
 
 def _fail(error):
@@ -340,6 +425,17 @@ def test_one_epoch_at_the_full_rate():
     loss = train_once(module, towards(module, 9.0), 1, settings, step, generator())
     assert loss == pytest.approx(81.0)
     assert float(module.matrix.detach()) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_the_rate_is_read_at_each_epoch():
+    module = Point()
+    step = make_optimizer(module, how())
+    for rate in (0.1, 0.02):
+        before = float(module.matrix.detach())
+        settings = how(learning_rate=rate)
+        train_once(module, towards(module, 1e6), 1, settings, step, generator())
+        moved = float(module.matrix.detach()) - before
+        assert moved == pytest.approx(rate, rel=1e-3)
 
 
 def test_a_diverging_epoch_changes_nothing():

@@ -26,6 +26,7 @@ from skode._engine.kernel import Kernel
 from skode._engine.observer import Step
 from skode._engine.plan import Plan
 from skode._engine.solution import Solution
+from skode._engine.step import stage_times
 from skode._engine.tableau import Coefficients
 from skode.exceptions import SolverError
 
@@ -37,7 +38,7 @@ class Adjoint(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, y0: Tensor, times: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
-        ys, stats, _, _ = plan.forward(y0, times, record=False)
+        ys, stats, _ = plan.forward(y0, times)
         ctx.plan = plan
         ctx.save_for_backward(ys, times, *params)
         extras = (
@@ -63,36 +64,25 @@ class Adjoint(torch.autograd.Function):
 
 
 class _Augmented:
-    """The field of [y, a]: a kernel made of a field's kernel."""
+    """The field of [y, a], made of a field's kernel; nobody differentiates it."""
 
     def __init__(self, kernel: Kernel, dim: int) -> None:
         self._kernel, self._dim = kernel, dim
+        self._states: tuple[Tensor, ...] = ()
+        self._cotangents: tuple[Tensor, ...] = ()
 
-    def evaluate(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
+    def begin(self, times: Tensor) -> None:
+        """Announce the times of the evaluations."""
+        states, cotangents = self._kernel.begin_linear(times, self._dim)
+        self._states, self._cotangents = states.unbind(), cotangents.unbind()
+
+    def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
         """Write [f, -a . df/dy] to `out`."""
         dim = self._dim
-        self._kernel.linearize(0, t, y[:, :dim], out[:, :dim])
-        self._kernel.pull(0, y[:, dim:], out[:, dim:])
-        out[:, dim:].neg_()
-
-    def linearize(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
-        """Not needed: nobody differentiates the adjoint."""
-        raise AssertionError("the adjoint solve is not differentiated")
-
-    def pull(self, slot: int, cotangent: Tensor, out: Tensor) -> None:
-        """Not needed: nobody differentiates the adjoint."""
-        raise AssertionError("the adjoint solve is not differentiated")
-
-    def pull_time(self, slot: int) -> Tensor:
-        """Not needed: nobody differentiates the adjoint."""
-        raise AssertionError("the adjoint solve is not differentiated")
-
-    def accumulate(self, slots: int) -> None:
-        """Do nothing: the quadrature has a kernel of its own."""
-
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        """Return nothing: the quadrature has a kernel of its own."""
-        return ()
+        self._states[slot].copy_(y[:, :dim])
+        torch.neg(y[:, dim:], out=self._cotangents[slot])
+        self._kernel.linearize(slot, out[:, :dim])
+        self._kernel.pull(slot, out[:, dim:])
 
 
 class _Quadrature:
@@ -102,7 +92,7 @@ class _Quadrature:
         self._kernel, self._coef, self._scale = kernel, coef, scale
 
     def observe(self, step: Step) -> None:
-        """Add h b_i a_i . df/dtheta of all stages, by one product of S A rows."""
+        """Add h b_i a_i . df/dtheta of all stages, as one slot of S A rows."""
         coef, y = self._coef, step.y
         dim = y.shape[1] // 2
         scale = self._scale if step.rows is None else self._scale[step.rows]
@@ -113,11 +103,12 @@ class _Quadrature:
         k = step.k[:stages].reshape(stages, -1)
         state = y + h[:, None] * (coef.a_square @ k).view(stages, *y.shape)
         cotangent = state[:, :, dim:] * (coef.b[:, None] * (weight * scale))[:, :, None]
-        times = torch.addcmul(step.t, coef.c[:stages], step.h).to(y.dtype)
-        flat = state[:, :, :dim].reshape(-1, dim)
-        unused = torch.empty_like(flat)
-        self._kernel.linearize(0, times.reshape(-1), flat, unused)
-        self._kernel.pull(0, cotangent.reshape(-1, dim), unused)
+        times = stage_times(coef, step.t, step.h, y.dtype)[:stages]
+        states, cotangents = self._kernel.begin_linear(times.reshape(1, -1), dim)
+        states.view_as(cotangent).copy_(state[:, :, :dim])
+        cotangents.view_as(cotangent).copy_(cotangent)
+        self._kernel.linearize_all()
+        self._kernel.pull(0, torch.empty_like(states[0]))
         self._kernel.accumulate(1)
 
 
@@ -126,7 +117,7 @@ class _Backwards:
 
     def __init__(self, plan: Plan, ys: Tensor, times: Tensor, grad: Tensor) -> None:
         self._plan, self._ys, self._times, self._grad = plan, ys, times, grad
-        self.quadrature = plan.kernel(slots=1)
+        self.quadrature = plan.kernel()
 
     def run(self) -> Tensor:
         """Return a(t0) before the jump there, (B, D)."""
@@ -134,7 +125,7 @@ class _Backwards:
         dim = ys.shape[2]
         scale = grad.abs().amax(dim=(1, 2))
         scale = torch.where(scale > 0, scale, 1.0)
-        kernel = _Augmented(self._plan.kernel(slots=1), dim)
+        kernel = _Augmented(self._plan.kernel(), dim)
         coef = self._plan.coefficients(ys, times)
         quadrature = _Quadrature(self.quadrature, coef, scale)
         a = torch.zeros_like(ys[:, 0])
@@ -164,8 +155,8 @@ class _Backwards:
         batch, count, dim = self._ys.shape
         flat = self._ys.reshape(-1, dim)
         slope = torch.empty_like(flat)
-        times = self._times.reshape(-1).to(flat.dtype)
-        self.quadrature.evaluate(0, times, flat, slope)
+        self.quadrature.begin(self._times.reshape(1, -1).to(flat.dtype))
+        self.quadrature.evaluate(0, flat, slope)
         slope = slope.view(batch, count, dim)
         cotangent = torch.cat((-a[:, None], self._grad[:, 1:]), dim=1)
         return (slope * cotangent).sum(dim=2).to(self._times.dtype)

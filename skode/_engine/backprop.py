@@ -13,16 +13,13 @@ from skode._engine.plan import Plan
 from skode._engine.solution import Statistics
 from skode._engine.step import differentiable_step
 from skode._engine.tableau import Coefficients
-from skode._engine.tape import Group, Tape
+from skode._engine.tape import Tape
 
 
 def backprop(plan: Plan, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
     """Solve, then replay under autograd; return ys (B, T, D)."""
     with torch.no_grad():
-        ys, stats, requests, tape = plan.forward(
-            y0.detach(), times.detach(), record=True
-        )
-    assert tape is not None
+        _, stats, requests, tape = plan.record(y0.detach(), times.detach())
     coef = plan.coefficients(y0, times)
     y1, inside = _replay(plan.field, coef, tape, requests, y0, times)
     ys = requests.fill(y0, y1, inside)
@@ -40,35 +37,31 @@ def _replay(
     times: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the last state of every row (B, D), and states inside (B, T, D)."""
-    order = tape.order
-    t0, t1 = times[:, 0][order], times[:, -1][order]
-    fixed0, fixed1 = t0.detach(), t1.detach()
     inside = None
     if requests.any_inside:
         inside = torch.full((*times.shape, y0.shape[1]), torch.nan).to(y0)
-    y = y0[order]
-    for group in tape.groups:
-        rows = len(group.t)
-        span = fixed1[:rows] - fixed0[:rows]
-        before, share = (group.t - fixed0[:rows]) / span, group.h / span
-        t = t0[:rows] + before * (t1 - t0)[:rows]
-        h = share * (t1 - t0)[:rows]
-        start = y[:rows]
-        end, k = differentiable_step(field, coef, t, h, start)
-        if group.position is not None and inside is not None:
-            at = order[group.position], group.index
-            value = _inside(field, coef, group, times[at], t, h, start, end, k)
+    y = y0
+    for taken in tape:
+        rows = taken.rows
+        part, ends = (y, times) if rows is None else (y[rows], times[rows])
+        t0, span = ends[:, 0], ends[:, -1] - ends[:, 0]
+        fixed = torch.where(span == 0, 1.0, span).detach()
+        t = t0 + (taken.t - t0.detach()) / fixed * span
+        h = taken.h / fixed * span
+        end, k = differentiable_step(field, coef, t, h, part)
+        if taken.events is not None and inside is not None:
+            at = taken.events.row, taken.events.index
+            where = taken.events.position
+            value = _inside(field, coef, where, times[at], t, h, part, end, k)
             inside = inside.index_put(at, value)
-        y = torch.cat((end, y[rows:]))
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return y[back], inside
+        y = end if rows is None else y.index_copy(0, rows, end)
+    return y, inside
 
 
 def _inside(
     field: Field,
     coef: Coefficients,
-    group: Group,
+    where: Tensor,
     at: Tensor,
     t: Tensor,
     h: Tensor,
@@ -76,10 +69,9 @@ def _inside(
     end: Tensor,
     k: list[Tensor],
 ) -> Tensor:
-    """Return the states at the requested times `at` (E,) of one group, (E, D)."""
+    """Return the states at times `at` (E,) inside the steps of rows `where`, (E, D)."""
     dtype = start.dtype
     stages = torch.stack([*k, field((t + h).to(dtype), end)])
-    where = group.position
     theta = ((at - t[where]) / h[where]).to(dtype)
     return interpolate(coef, theta, h[where].to(dtype), start[where], stages[:, where])
 

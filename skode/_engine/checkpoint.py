@@ -14,7 +14,7 @@ from the last stage to the first:
 A requested time inside the step reads y + h sum_i b_i(theta) k_i, where k_S =
 f(t + h, y1): it adds to the v_i, and l_S to u. Steps are fixed fractions of the time
 span, as differentiable as the span itself: step sizes are chosen by the tolerance and
-carry no gradient of their own. B rows, A of them in a group, D state, E events.
+carry no gradient of their own. B rows, A of them in a step, D state, E events.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from skode._engine.dense import Requests, powers, slopes_of_powers
+from skode._engine.dense import Events, Requests, powers, slopes_of_powers
 from skode._engine.kernel import Kernel
 from skode._engine.plan import Plan
-from skode._engine.step import Workspace, end_of_step, fill_stages, stage_times
+from skode._engine.step import (
+    Workspace,
+    end_of_step,
+    linearize_known,
+    linearize_stages,
+    stage_times,
+)
 from skode._engine.tableau import Coefficients
-from skode._engine.tape import Group, Tape
+from skode._engine.tape import Taken, Tape
 
 
 class Checkpoint(torch.autograd.Function):
@@ -39,7 +45,7 @@ class Checkpoint(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, y0: Tensor, times: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
-        ys, stats, requests, tape = plan.forward(y0, times, record=True)
+        ys, stats, requests, tape = plan.record(y0, times)
         ctx.plan, ctx.requests, ctx.tape = plan, requests, tape
         ctx.save_for_backward(y0, ys[:, -1].clone(), *params)
         extras = (
@@ -70,27 +76,26 @@ class _Reverse:
         self, plan: Plan, tape: Tape, requests: Requests, grad: Tensor, timed: bool
     ) -> None:
         self._plan, self._tape, self._requests = plan, tape, requests
-        self._grad = grad
-        self._timed = timed
-        self.kernel: Kernel = plan.kernel(plan.tableau.stages + 1)
+        self._grad, self._timed = grad, timed
+        self.kernel: Kernel = plan.kernel()
 
     def run(self, y0: Tensor) -> Tensor:
         """Return dL/dy0; leave dL/dtheta in the kernel, dL/dt in the fields."""
-        requests, grad, order = self._requests, self._grad, self._tape.order
-        times = requests.times
-        coef = self._plan.coefficients(y0, times)
-        u = _masked_sum(grad, requests.at_end).index_select(0, order)
-        self._grad_t = torch.zeros_like(times)
-        if self._tape.groups:
-            self._coef = coef
-            self._work = Workspace(coef, u[: len(self._tape.groups[0].t)])
-            self._pulls = Workspace(coef, u[: len(self._tape.groups[0].t)])
-            self._later = self._pulls.later()
-            for group in reversed(self._tape.groups):
-                self._step(group, u)
-        grad_y0 = torch.empty_like(u)
-        grad_y0[order] = u
-        return grad_y0.add_(_masked_sum(grad, requests.at_start))
+        requests, grad = self._requests, self._grad
+        u = requests.sum_at_end(grad)
+        self._grad_t = torch.zeros_like(requests.times)
+        if self._tape:
+            self._coef = self._plan.coefficients(y0, requests.times)
+            self._work = Workspace(self._coef, u)
+            self._pulls = Workspace(self._coef, u)
+            for taken in reversed(self._tape):
+                if taken.rows is None:
+                    self._step(taken, u)
+                else:
+                    part = u.index_select(0, taken.rows)
+                    self._step(taken, part)
+                    u.index_copy_(0, taken.rows, part)
+        return u.add_(requests.sum_at_start(grad))
 
     def times(self, y0: Tensor, y1: Tensor) -> Tensor:
         """Return dL/d times, (B, T), after `run`."""
@@ -100,91 +105,100 @@ class _Reverse:
         ):
             if bool(idle.any()):
                 slope = torch.empty_like(y)
-                self.kernel.evaluate(0, times[:, column].to(y.dtype), y, slope)
+                self.kernel.begin(times[:, column].to(y.dtype)[None])
+                self.kernel.evaluate(0, y, slope)
                 moved = torch.einsum("btd,bd->bt", self._grad, slope) * idle
                 self._grad_t += moved
                 self._grad_t[:, column] -= moved.sum(dim=1)
         return self._grad_t
 
-    def _step(self, group: Group, u_all: Tensor) -> None:
-        """Pull the cotangents of the first A rows back through one step."""
+    def _step(self, taken: Taken, u: Tensor) -> None:
+        """Pull the cotangents u (A, D) of its rows back through one step, in place."""
         coef, work, pulls, kernel = self._coef, self._work, self._pulls, self.kernel
-        rows, dtype = group.t.shape[0], u_all.dtype
+        rows, dtype = u.shape[0], u.dtype
         if rows != work.rows:
             work.resize(rows)
             pulls.resize(rows)
-            self._later = pulls.later()
-        u = u_all[:rows]
-        h = group.h.to(dtype)[:, None]
-        times = stage_times(coef, group.t, group.h, dtype)
-        kernel.linearize(0, times[0], group.y, work.slopes[0])
-        fill_stages(kernel.linearize, coef, times, h, group.y, work)
-
         last = coef.stages
-        inside = None if group.position is None else self._inside(group)
-        extra = None
+        inside = None if taken.events is None else self._inside(taken, taken.events)
+        used = last if inside is None else last + 1
+        h = taken.h.to(dtype)[:, None]
+        cotangents = self._linearize(taken, h, used)
+
+        slots, extra = cotangents.unbind(), None
         if inside is not None:
             extra = inside.cotangents(coef, torch.zeros_like(work.k))
-            y_next = end_of_step(coef, h, group.y, work)
-            kernel.linearize(last, times[last], y_next, work.slopes[last])
-            kernel.pull(last, extra[last], pulls.slopes[last])
+            slots[last].copy_(extra[last])
+            kernel.pull(last, pulls.slopes[last])
             u += pulls.slopes[last]
-        cotangents: list[Tensor] = []
         # The slot behind the stages holds u, so that v_i is one product of a_next.
         pulls.slopes[last].copy_(u)
         for i in reversed(range(last)):
-            v = torch.mv(self._later[i], coef.a_next[i]).view_as(u).mul_(h)
+            torch.mv(pulls.later[i], coef.a_next[i], out=work.flat_state)
+            v = torch.mul(work.state, h, out=slots[i])
             if extra is not None:
                 v += extra[i]
-            kernel.pull(i, v, pulls.slopes[i])
-            if self._timed:
-                cotangents.insert(0, v)
-        used = last if extra is None else last + 1
+            kernel.pull(i, pulls.slopes[i])
         kernel.accumulate(used)
         torch.sum(pulls.k, dim=0, out=u)
         if inside is not None:
             u.index_add_(0, inside.position, inside.grad)
         if self._timed:
-            if extra is not None:
-                cotangents.append(extra[last])
-            self._time_gradient(group, torch.stack(cotangents), inside)
+            self._time_gradient(taken, cotangents, inside)
 
-    def _inside(self, group: Group) -> "_Inside":
-        assert group.position is not None and group.index is not None
-        rows = self._tape.order[group.position]
-        t, h = group.t[group.position], group.h[group.position]
-        theta = (self._requests.times[rows, group.index] - t) / h
-        grad = self._grad[rows, group.index]
-        return _Inside(rows, group.index, group.position, h, theta, grad)
+    def _linearize(self, taken: Taken, h: Tensor, used: int) -> Tensor:
+        """Have the kernel remember the first stages; return the cotangents' memory."""
+        coef, work, kernel, y = self._coef, self._work, self.kernel, taken.y
+        times = stage_times(coef, taken.t, taken.h, y.dtype)[:used]
+        states, cotangents = kernel.begin_linear(times, y.shape[1])
+        if taken.k is not None and used == coef.stages:
+            linearize_known(kernel, coef, h, y, taken.k, states)
+        else:
+            linearize_stages(kernel, coef, h, y, work, states)
+            if used > coef.stages:
+                states[-1].copy_(end_of_step(coef, h, y, work))
+                kernel.linearize(coef.stages, work.slopes[-1])
+        return cotangents
+
+    def _inside(self, taken: Taken, events: Events) -> "_Inside":
+        t, h = taken.t[events.position], taken.h[events.position]
+        theta = (self._requests.times[events.row, events.index] - t) / h
+        grad = self._grad[events.row, events.index]
+        return _Inside(events.row, events.index, events.position, h, theta, grad)
 
     def _time_gradient(
-        self, group: Group, cotangents: Tensor, inside: "_Inside | None"
+        self, taken: Taken, cotangents: Tensor, inside: "_Inside | None"
     ) -> None:
         """Add dL/dt and dL/dh of the step to the first, last and inside times.
 
         `cotangents` are the v_i, (S, A, D), or (S + 1, A, D) with times inside.
         """
-        coef, k, dtype = self._coef, self._work.k, group.t.dtype
+        coef, dtype = self._coef, taken.t.dtype
+        k = self._work.k if taken.k is None else taken.k
         used = len(cotangents)
         moved = torch.stack([self.kernel.pull_time(i) for i in range(used)]).to(dtype)
         grad_t = moved.sum(dim=0)
         grad_h = (coef.c[:used] * moved).sum(dim=0)
-        grad_h += (k[:used] * cotangents).sum(dim=(0, 2)).to(dtype) / group.h
+        grad_h += (k[:used] * cotangents).sum(dim=(0, 2)).to(dtype) / _or_one(taken.h)
         if inside is not None:
             rate = inside.rate(coef, k).to(dtype)
             self._grad_t.index_put_((inside.rows, inside.index), rate, accumulate=True)
             grad_t.index_add_(0, inside.position, -rate)
             grad_h.index_add_(0, inside.position, -rate * inside.theta)
-        rows = self._tape.order[: len(group.t)]
-        t0, t1 = self._requests.times[rows, 0], self._requests.times[rows, -1]
-        before, share = (group.t - t0) / (t1 - t0), group.h / (t1 - t0)
-        self._grad_t[rows, 0] += (1 - before) * grad_t - share * grad_h
-        self._grad_t[rows, -1] += before * grad_t + share * grad_h
+        times, grads = self._requests.times, self._grad_t
+        ends = times[:, [0, -1]]
+        if taken.rows is not None:
+            ends = ends[taken.rows]
+        span = _or_one(ends[:, 1] - ends[:, 0])
+        before, share = (taken.t - ends[:, 0]) / span, taken.h / span
+        rows = slice(None) if taken.rows is None else taken.rows
+        grads[rows, 0] += (1 - before) * grad_t - share * grad_h
+        grads[rows, -1] += before * grad_t + share * grad_h
 
 
-def _masked_sum(grad: Tensor, mask: Tensor) -> Tensor:
-    """Sum grad (B, T, D) over the times of a mask (B, T)."""
-    return torch.bmm(mask.to(grad.dtype).unsqueeze(1), grad).squeeze(1)
+def _or_one(length: Tensor) -> Tensor:
+    """Return a divisor of what is 0 where the length is."""
+    return torch.where(length == 0, 1.0, length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Error norm, first step and step-size control, row by row. B rows, D state."""
+"""Error norm, first step and step-size control, row by row. A rows, D state."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from skode._engine.kernel import Kernel
+from skode._engine.kernel import Evaluator
 from skode._engine.solution import Tolerance
 
 
@@ -15,7 +15,7 @@ class Controller(Protocol):
     """Chooses every row's steps. All tensors of shape (A,), steps positive."""
 
     def first(
-        self, kernel: Kernel, t: Tensor, y: Tensor, slope: Tensor, span: Tensor
+        self, kernel: Evaluator, t: Tensor, y: Tensor, slope: Tensor, span: Tensor
     ) -> tuple[Tensor, int]:
         """Return the first step towards t + span, and the evaluations spent."""
 
@@ -25,21 +25,38 @@ class Controller(Protocol):
         """Return whether to accept, the next step, and the next memory."""
 
 
-def error_ratio(
-    error: Tensor, y0: Tensor, y1: Tensor, rtol: float, atol: float
-) -> Tensor:
-    """RMS of the local error (A, D) in units of the tolerance; accept at <= 1.
+@dataclass(frozen=True, slots=True)
+class ErrorNorm:
+    """RMS over the state, in units of the tolerance: accept a step at <= 1."""
 
-    Overwrites `error`. Not finite where y1 is not.
-    """
-    scale = torch.maximum(y0.abs(), y1.abs()).mul_(rtol).add_(atol)
-    norm = _norm(error.div_(scale))
-    return norm.mul_(1.0 / math.sqrt(error.shape[1]))
+    rtol: float
+    atol: Tensor
+    """Zero-dimensional; both times sqrt(D), since norms are taken without the mean."""
+
+    @classmethod
+    def of(cls, tolerance: Tolerance, y: Tensor) -> "ErrorNorm":
+        """Return the norm of errors of states like y (A, D)."""
+        root = math.sqrt(y.shape[1])
+        # Where atol is nothing in this dtype, 0 / 0 must still be 0.
+        atol = max(tolerance.atol * root, torch.finfo(y.dtype).tiny)
+        return cls(tolerance.rtol * root, y.new_tensor(atol))
+
+    def scale(self, size: Tensor) -> Tensor:
+        """Return atol + rtol * size, (A, D), for sizes of states; in place."""
+        return torch.add(self.atol, size, alpha=self.rtol, out=size)
+
+    def ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
+        """Return the norm (A,) of the local error of a step from y0 to y1 (A, D).
+
+        Overwrites `error`. Not finite where the error is not.
+        """
+        scale = self.scale(torch.maximum(y0.abs(), y1.abs()))
+        return _length(error.div_(scale))
 
 
-def _norm(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return norm
+def _length(x: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return length
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,60 +67,65 @@ class PIController:
     the last one, within the limits, q being the order of the error estimate plus one.
     """
 
-    tolerance: Tolerance
+    norm: ErrorNorm
     order: int
     """Of the method; the embedded one has `order - 1`."""
     error_constant: float
     """Of the error estimate: see `Tableau.error_constant`."""
+    noise: float
+    """A ratio that rounding alone can reach; steps do not follow what is below."""
     beta: float = 0.04
     safety: float = 0.9
     shrink: float = 0.2
     grow: float = 10.0
 
+    @classmethod
+    def of(
+        cls, tolerance: Tolerance, y: Tensor, order: int, error_constant: float
+    ) -> "PIController":
+        """Return the controller of a solve from states like y (A, D)."""
+        finest = max(tolerance.rtol, tolerance.atol)
+        noise = min(1e-2, 16 * torch.finfo(y.dtype).eps / finest)
+        return cls(ErrorNorm.of(tolerance, y), order, error_constant, noise)
+
     def first(
-        self, kernel: Kernel, t: Tensor, y: Tensor, slope: Tensor, span: Tensor
+        self, kernel: Evaluator, t: Tensor, y: Tensor, slope: Tensor, span: Tensor
     ) -> tuple[Tensor, int]:
         """Hairer's first step (Hairer, Norsett & Wanner 1993, II.4), in other units.
 
-        His probe tells the rate r at which the slope changes; we take it to be at
-        least one per span. The step errs by a tenth of the tolerance where y' = r y:
-        e h |y'| (r h)^(q - 1), e being the method's error constant, which he leaves
-        out, as he leaves out the unit of time. Where nothing moves yet, it is his.
+        His probe, a hundredth of the way to a state as large again, tells the rate r
+        at which the slope changes; we take it to be at least one per span. The step
+        errs by a tenth of the tolerance where y' = r y: e h |y'| (r h)^(q - 1), e
+        being the method's error constant, which he leaves out, as he leaves out the
+        unit of time.
         """
-        scale = y.abs().mul_(self.tolerance.rtol).add_(self.tolerance.atol)
-        scale.mul_(math.sqrt(y.shape[1]))  # norms are root mean squares
-        distance = span.abs().to(y.dtype)
-        d0, d1 = _norm(y / scale), _norm(slope / scale)
-        h = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        h = torch.minimum(h, distance)
-        signed = torch.copysign(h, span.to(h.dtype))
-        probe = torch.empty_like(y)
+        near = span.abs().to(y.dtype).clamp_min_(torch.finfo(y.dtype).tiny)
+        scale = self.norm.scale(y.abs())
+        size, speed = _length(y / scale), _length(slope / scale).clamp_min_(1e-30)
+        probe = torch.minimum(size.add_(1.0).div_(speed).mul_(0.01), near)
+        signed = torch.copysign(probe, span.to(y.dtype))
         # The probe's time is rounded in the dtype of the times, as every stage's is.
-        times = (t + signed.to(t.dtype)).to(y.dtype)
-        kernel.evaluate(0, times, torch.addcmul(y, signed[:, None], slope), probe)
-        d2 = _norm(probe.sub_(slope).div_(scale)) / h
-        steepest = torch.maximum(d1, d2)
-        root = 1.0 / self.order
-        hairer = (0.01 / steepest).pow_(root)
-        hairer = torch.where(steepest <= 1e-15, (h * 1e-3).clamp_(min=1e-6), hairer)
-        wavelength = torch.minimum(d1 / d2, distance)
-        ours = (0.1 / self.error_constant * wavelength / d1).pow_(root)
-        ours.mul_(wavelength.pow(1.0 - 2.0 * root))
-        first = torch.where(torch.isfinite(ours) & (ours > 0), ours, hairer)
-        first = torch.minimum(100 * h, first)
+        kernel.begin((t + signed.to(t.dtype)).to(y.dtype)[None])
+        there = torch.empty_like(y)
+        kernel.evaluate(0, torch.addcmul(y, signed[:, None], slope), there)
+        change = _length(there.sub_(slope).div_(scale)).div_(probe)
+        wavelength = torch.minimum(speed / change, near)
+        # h^q = 0.1 / (e |y'| r^(q - 1)), r being 1 / wavelength.
+        first = (speed * wavelength).pow_(-1.0 / self.order).mul_(wavelength)
+        first.mul_((0.1 / self.error_constant) ** (1.0 / self.order))
+        first = torch.minimum(first, probe.mul_(100.0))
         # A probe that leaves the domain of the field (NaN) asks for a small step.
-        first = torch.where(torch.isfinite(first), first, 1e-6 * distance)
+        first = torch.fmax(first, near.mul_(1e-6))
         return first.to(t.dtype), 1
 
     def decide(
         self, ratio: Tensor, step: Tensor, memory: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Accept where ratio <= 1; never grow a step that was refused."""
+        """Accept where ratio <= 1; a step that was refused shrinks."""
         accept = ratio <= 1.0
-        ratio = ratio.nan_to_num(nan=torch.inf).clamp_min_(1e-10)
+        ratio = ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp_min_(self.noise)
+        # Memories are at most 1, so that the factor is below 1 wherever ratio > 1.
         factor = memory.pow(self.beta).mul_(self.safety)
         factor.mul_(ratio.pow(0.75 * self.beta - 1.0 / self.order))
         factor.clamp_(self.shrink, self.grow)
-        factor = torch.where(accept, factor, factor.clamp(max=self.safety))
-        memory = torch.where(accept, ratio.clamp(min=1e-4), memory)
-        return accept, step * factor, memory
+        return accept, step * factor.to(step.dtype), ratio.clamp_(1e-4, 1.0)

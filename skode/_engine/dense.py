@@ -1,10 +1,11 @@
 """Dense output: states at requested times inside accepted steps.
 
-B rows, T times, D state, S stages, P powers of theta; an event is one requested
-time of one row that fell into a step, E of them.
+B rows, A of them stepping, T times, D state, S stages, P powers of theta; an event is
+one requested time of one row that fell into a step, E of them.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,33 +16,42 @@ from skode._engine.tableau import Coefficients
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Requested times strictly inside accepted steps; all of shape (E,)."""
+    """Requested times strictly inside one step of A rows; all of shape (E,)."""
 
-    rows: Tensor
-    ordinal: Tensor
-    """Which accepted step of its row."""
+    position: Tensor
+    """Which of the A rows."""
+    row: Tensor
+    """Which row of the batch that is."""
     index: Tensor
-    """Which requested time of its row."""
+    """Which of its requested times."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Requests:
-    """Requested times (B, T), each row monotone, and where they lie."""
+    """Requested times (B, T), each row monotone, and where they lie.
+
+    The commonest request, the two ends, needs no mask: a row whose ends are equal does
+    not move.
+    """
 
     times: Tensor
-    at_start: Tensor
-    """(B, T) equal to the row's first time, where that differs from its last."""
-    at_end: Tensor
-    """(B, T) equal to the row's last time."""
-    any_inside: bool
 
-    @classmethod
-    def of(cls, times: Tensor) -> "Requests":
-        """Sort the times of each row into first, inside and last."""
-        at_end = times == times[:, -1:]
-        at_start = (times == times[:, :1]) & ~at_end
-        inside = times.shape[1] > 2 and not bool((at_start | at_end).all())
-        return cls(times, at_start, at_end, inside)
+    @cached_property
+    def at_end(self) -> Tensor:
+        """(B, T) equal to the row's last time."""
+        return self.times == self.times[:, -1:]
+
+    @cached_property
+    def at_start(self) -> Tensor:
+        """(B, T) equal to the row's first time, where that differs from its last."""
+        return (self.times == self.times[:, :1]) & ~self.at_end
+
+    @cached_property
+    def any_inside(self) -> bool:
+        """Whether a time lies between the ends of its row."""
+        if self.times.shape[1] <= 2:
+            return False
+        return not bool((self.at_start | self.at_end).all())  # host sync
 
     def idle(self) -> tuple[Tensor, Tensor]:
         """Return which times, (B, T), repeat the first one, and which the last one.
@@ -55,15 +65,31 @@ class Requests:
         last[:, -1] = False
         return first, last
 
+    def sum_at_end(self, grad: Tensor) -> Tensor:
+        """Return the sum (B, D) of grad (B, T, D) over the times equal to the last."""
+        if self.times.shape[1] == 2:
+            return grad[:, 1].clone()
+        return _masked_sum(grad, self.at_end)
+
+    def sum_at_start(self, grad: Tensor) -> Tensor:
+        """Return the sum (B, D) of grad (B, T, D) over the times equal to the first."""
+        if self.times.shape[1] == 2:
+            return grad[:, 0]
+        return _masked_sum(grad, self.at_start)
+
     def fill(self, y0: Tensor, y1: Tensor, inside: Tensor | None) -> Tensor:
         """Return (B, T, D) states from those at the ends and those inside."""
-        if self.times.shape[1] == 2 and inside is None:
-            # The commonest request, without a mask: y1 where both times are equal.
-            return torch.stack((torch.where(self.at_end[:, :1], y1, y0), y1), dim=1)
+        if self.times.shape[1] == 2:
+            return torch.stack((y0, y1), dim=1)
         ends = torch.where(self.at_end[:, :, None], y1[:, None], y0[:, None])
         if inside is None:
             return ends
         return torch.where((self.at_start | self.at_end)[:, :, None], ends, inside)
+
+
+def _masked_sum(grad: Tensor, mask: Tensor) -> Tensor:
+    """Sum grad (B, T, D) over the times of a mask (B, T)."""
+    return torch.bmm(mask.to(grad.dtype).unsqueeze(1), grad).squeeze(1)
 
 
 def powers(theta: Tensor, count: int) -> Tensor:
@@ -99,9 +125,12 @@ class DenseOutput:
         self.ys = torch.full(
             (batch, count, y0.shape[1]), torch.nan, dtype=y0.dtype, device=y0.device
         )
-        self.events: list[Events] = []
 
     def observe(self, step: Step) -> None:
+        self.write(step)
+
+    def write(self, step: Step) -> Events | None:
+        """Write what was requested inside a step, and tell what that was."""
         rows = step.rows
         if rows is None:
             rows = torch.arange(len(step.t), device=step.t.device)
@@ -114,7 +143,7 @@ class DenseOutput:
         due = due.clamp(min=0)
         total = int(due.sum())  # host sync, only where times are requested inside
         if total == 0:
-            return
+            return None
         local = torch.repeat_interleave(due, output_size=total)
         offset = torch.arange(total, device=due.device) - (due.cumsum(0) - due)[local]
         row = rows[local]
@@ -125,4 +154,4 @@ class DenseOutput:
             self._coef, theta, h.to(self.ys.dtype), step.y[local], step.k[:, local]
         )
         self._next[rows] += due
-        self.events.append(Events(row, step.ordinal[local], index))
+        return Events(local, row, index)

@@ -1,10 +1,10 @@
-"""A vector field bound to one solve, with its derivatives. B rows, D state.
+"""A vector field bound to one solve, with its derivatives. A rows, D state, n slots.
 
 A kernel evaluates a field without autograd, and pulls cotangents back through
-evaluations that it was asked to remember. Memories are kept in numbered slots, one
-per stage of a step, so that the parameter gradient of all stages can be formed in
-one product. A field with derivatives of its own (`HasKernel`) brings its kernel;
-autograd serves all others.
+evaluations that it was asked to remember. A step begins by announcing the times of its
+stages, one numbered slot each: what depends on time alone is computed for all of them
+at once, and so is the parameter gradient at the end. A field with derivatives of its
+own (`HasKernel`) brings its kernel; autograd serves all others.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,71 +17,109 @@ Field = Callable[[Tensor, Tensor], Tensor]
 """f(t, y) with t: (B,), y: (B, D) -> (B, D)."""
 
 
-class Kernel(Protocol):
-    """A field and its vector-Jacobian products over preallocated memory."""
+class Evaluator(Protocol):
+    """A field, over preallocated memory."""
 
-    def evaluate(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
-        """Write f(t, y) to `out` and remember nothing, whatever the slot."""
+    def begin(self, times: Tensor) -> None:
+        """Announce the times (n, A) of the evaluations in slots 0 .. n-1."""
 
-    def linearize(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
-        """Write f(t, y) to `out` and remember the evaluation in `slot`."""
+    def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
+        """Write f(t, y) to `out` (A, D) and remember nothing."""
 
-    def pull(self, slot: int, cotangent: Tensor, out: Tensor) -> None:
-        """Write cotangent . df/dy to `out` (B, D); remember the cotangent."""
+
+class Kernel(Evaluator, Protocol):
+    """A field and its vector-Jacobian products."""
+
+    def begin_linear(self, times: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Begin; return memory (n, A, D) for the states and cotangents of the slots.
+
+        They are read by `linearize` and `pull`, and by `accumulate`: until then they
+        must not change.
+        """
+
+    def linearize(self, slot: int, out: Tensor) -> None:
+        """Write f(t, state of the slot) to `out` and remember the evaluation."""
+
+    def linearize_all(self) -> None:
+        """Remember the evaluations of all slots, whose states are all known."""
+
+    def pull(self, slot: int, out: Tensor) -> None:
+        """Write (cotangent of the slot) . df/dy to `out` (A, D)."""
 
     def pull_time(self, slot: int) -> Tensor:
-        """Return cotangent . df/dt, (B,), for the cotangent last pulled."""
+        """Return (cotangent of the slot) . df/dt, (A,), after `pull`."""
 
     def accumulate(self, slots: int) -> None:
         """Add the parameter gradient of the first `slots` slots to the sum."""
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Return the accumulated gradient, aligned with the parameters."""
+        """Return the accumulated gradient, as the parameters are, and forget it."""
 
 
 @runtime_checkable
 class HasKernel(Protocol):
     """A field that differentiates itself."""
 
-    def kernel(self, params: Sequence[Tensor], slots: int) -> Kernel | None:
+    def kernel(self, params: Sequence[Tensor]) -> Kernel | None:
         """Bind to one solve; None where `params` are not the field's own."""
 
 
 class AutogradKernel:
     """The kernel of any callable field, by autograd."""
 
-    def __init__(self, field: Field, params: Sequence[Tensor], slots: int) -> None:
+    def __init__(self, field: Field, params: Sequence[Tensor]) -> None:
         self._field = field
         self._params = tuple(params)
-        self._memory: list[tuple[Tensor, Tensor, Tensor]] = [()] * slots  # type: ignore[list-item]
-        self._pulled: list[tuple[Tensor | None, ...]] = [()] * slots
+        self._times: tuple[Tensor, ...] = ()
+        self._states: Tensor | None = None
+        self._cotangents: Tensor | None = None
+        self._memory: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._pulled: dict[int, tuple[Tensor | None, ...]] = {}
         self._sums: list[Tensor | None] = [None] * len(self._params)
 
-    def evaluate(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
-        with torch.no_grad():
-            out.copy_(checked(self._field(t, y), y))
+    def begin(self, times: Tensor) -> None:
+        self._times = times.unbind()
 
-    def linearize(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
+    def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
+        with torch.no_grad():
+            out.copy_(checked(self._field(self._times[slot], y), y))
+
+    def begin_linear(self, times: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        self.begin(times)
+        self._states = times.new_empty(*times.shape, dim)
+        self._cotangents = torch.empty_like(self._states)
+        return self._states, self._cotangents
+
+    def linearize(self, slot: int, out: Tensor) -> None:
+        out.copy_(self._linearize(slot))
+
+    def linearize_all(self) -> None:
+        for slot in range(len(self._times)):
+            self._linearize(slot)
+
+    def _linearize(self, slot: int) -> Tensor:
+        assert self._states is not None, "linearize follows begin_linear"
         with torch.enable_grad():
-            t = t.detach().clone().requires_grad_()
-            y = y.detach().clone().requires_grad_()
+            t = self._times[slot].detach().clone().requires_grad_()
+            y = self._states[slot].clone().requires_grad_()
             dy = checked(self._field(t, y), y)
         self._memory[slot] = (t, y, dy)
-        out.copy_(dy.detach())
+        return dy.detach()
 
-    def pull(self, slot: int, cotangent: Tensor, out: Tensor) -> None:
-        t, y, dy = self._memory[slot]
+    def pull(self, slot: int, out: Tensor) -> None:
+        assert self._cotangents is not None, "pull follows linearize"
+        t, y, dy = self._memory.pop(slot)
+        trained = [param for param in self._params if param.requires_grad]
         if not dy.requires_grad:  # a field that ignores t, y and the parameters
-            self._pulled[slot] = (None,) * (1 + len(self._params))
+            self._pulled[slot] = (torch.zeros_like(t), *(None for _ in self._params))
             out.zero_()
             return
-        trained = [param for param in self._params if param.requires_grad]
         grads = torch.autograd.grad(
-            dy, (y, t, *trained), cotangent.detach().clone(), allow_unused=True
+            dy, (y, t, *trained), self._cotangents[slot].clone(), allow_unused=True
         )
         found = iter(grads[2:])
         self._pulled[slot] = (
-            grads[1],
+            torch.zeros_like(t) if grads[1] is None else grads[1],
             *(next(found) if param.requires_grad else None for param in self._params),
         )
         if grads[0] is None:
@@ -91,27 +129,28 @@ class AutogradKernel:
 
     def pull_time(self, slot: int) -> Tensor:
         gradient = self._pulled[slot][0]
-        t = self._memory[slot][0]
-        return torch.zeros_like(t) if gradient is None else gradient
+        assert gradient is not None, "zero where the field ignores time"
+        return gradient
 
     def accumulate(self, slots: int) -> None:
-        for pulled in self._pulled[:slots]:
-            for i, gradient in enumerate(pulled[1:]):
+        for slot in range(slots):
+            for i, gradient in enumerate(self._pulled[slot][1:]):
                 if gradient is not None:
                     total = self._sums[i]
                     self._sums[i] = gradient if total is None else total + gradient
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        return tuple(self._sums)
+        sums, self._sums = self._sums, [None] * len(self._params)
+        return tuple(sums)
 
 
-def bind(field: Field, params: Sequence[Tensor], slots: int) -> Kernel:
+def bind(field: Field, params: Sequence[Tensor]) -> Kernel:
     """Return the field's own kernel, or autograd's."""
     if isinstance(field, HasKernel):
-        kernel = field.kernel(params, slots)
+        kernel = field.kernel(params)
         if kernel is not None:
             return kernel
-    return AutogradKernel(field, params, slots)
+    return AutogradKernel(field, params)
 
 
 def checked(dy: Tensor, y: Tensor) -> Tensor:

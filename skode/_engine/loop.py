@@ -9,74 +9,102 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skode._engine.control import Controller, error_ratio
-from skode._engine.kernel import Kernel
+from skode._engine.control import Controller, ErrorNorm
+from skode._engine.kernel import Evaluator
 from skode._engine.observer import Observer, Step
 from skode._engine.solution import Statistics, Status, Tolerance
 from skode._engine.step import Workspace, end_of_step, fill_stages, stage_times
 from skode._engine.tableau import Coefficients
 
+_WORTH_COMPACTING = 512
+"""Numbers of state; fewer cost less to carry along than to sort out."""
+
 
 @dataclass(slots=True)
 class _Walk:
-    """Where A rows stand."""
+    """Where A rows stand. Rows that have arrived, or failed, have nothing left."""
 
     rows: Tensor | None
+    """(A,) which rows of the batch; None: all, in order."""
     t: Tensor
     t1: Tensor
+    sign: Tensor
+    """Of t1 - t0."""
+    left: Tensor
+    """Distance to t1; exactly 0 there."""
     y: Tensor
     h: Tensor
+    """Proposed step, positive."""
     memory: Tensor
-    ordinal: Tensor
+    """Of the controller."""
     attempts: Tensor
+    """Written when a row ends."""
+    rejected: Tensor
     status: Tensor
+
+    @classmethod
+    def start(cls, y: Tensor, t0: Tensor, t1: Tensor, h: Tensor) -> "_Walk":
+        span = t1 - t0
+        none = torch.zeros_like(t0, dtype=torch.int64)
+        return cls(
+            rows=None,
+            t=t0,
+            t1=t1,
+            sign=torch.sign(span),
+            left=span.abs(),
+            y=y,
+            h=h,
+            memory=torch.full_like(y[:, 0], 1e-4),
+            attempts=none,
+            rejected=none,
+            status=none.to(torch.int8),
+        )
 
     def take(self, keep: Tensor) -> "_Walk":
         """Return the walk of some of the rows."""
-        return _Walk(
-            keep if self.rows is None else self.rows[keep],
-            *(
-                getattr(self, name).index_select(0, keep)
-                for name in self.__slots__
-                if name != "rows"
-            ),
-        )
+        columns = {
+            name: getattr(self, name).index_select(0, keep)
+            for name in self.__slots__
+            if name != "rows"
+        }
+        rows = keep if self.rows is None else self.rows[keep]
+        return _Walk(rows=rows, **columns)
+
+    def end(self, live: Tensor, attempt: int) -> None:
+        """Count the attempts of the rows that were under way until now."""
+        self.attempts = torch.where(live, attempt, self.attempts)
 
 
 class _Arrivals:
     """Collects rows as they leave the walk."""
 
-    def __init__(self, walk: _Walk) -> None:
-        self._y = torch.empty_like(walk.y)
-        self._columns = [
-            torch.empty_like(column)
-            for column in (walk.t, walk.status, walk.ordinal, walk.attempts)
-        ]
+    def __init__(self) -> None:
+        self._y: Tensor | None = None
+        self._columns: tuple[Tensor, ...] = ()
 
     def put(self, walk: _Walk) -> None:
         """Write what the rows of `walk` have reached."""
-        columns = (walk.t, walk.status, walk.ordinal, walk.attempts)
-        if walk.rows is None:
+        columns = (walk.t, walk.status, walk.attempts, walk.rejected)
+        if walk.rows is None or self._y is None:
             # Copies: rows that leave later are written over them in place.
             self._y = walk.y.clone()
-            self._columns = [column.clone() for column in columns]
+            self._columns = tuple(column.clone() for column in columns)
             return
         self._y[walk.rows] = walk.y
         for whole, part in zip(self._columns, columns, strict=True):
             whole[walk.rows] = part
 
     def finish(self, nfe_per_step: int, nfe_start: int) -> tuple[Tensor, Statistics]:
-        t, status, accepted, attempts = self._columns
-        finite = torch.isfinite(self._y).all(dim=-1)
-        lost = (status == Status.SUCCESS) & ~finite
+        t, status, attempts, rejected = self._columns
+        assert self._y is not None, "finish follows put"
+        lost = ~_finite(self._y) & (status == Status.SUCCESS)
         status = status.masked_fill(lost, Status.NON_FINITE)
         nfe = attempts * nfe_per_step + nfe_start
-        stats = Statistics(status, t, accepted, attempts - accepted, nfe)
-        return self._y, stats
+        return self._y, Statistics(status, t, attempts - rejected, rejected, nfe)
 
 
 def integrate(
-    kernel: Kernel,
+    kernel: Evaluator,
     coef: Coefficients,
     controller: Controller,
     y: Tensor,
@@ -94,122 +122,124 @@ def integrate(
     stats : Statistics
     """
     work = Workspace(coef, y)
-    kernel.evaluate(0, t0.to(y.dtype), y, work.slopes[0])
+    kernel.begin(t0.to(y.dtype)[None])
+    kernel.evaluate(0, y, work.slopes[0])
     h, nfe = controller.first(kernel, t0, y, work.slopes[0], t1 - t0)
-    zeros = torch.zeros_like(t0, dtype=torch.int64)
-    walk = _Walk(
-        rows=None,
-        t=t0,
-        t1=t1,
-        y=y,
-        h=h,
-        memory=torch.full_like(y[:, 0], 1e-4),
-        ordinal=zeros,
-        attempts=zeros,
-        status=zeros.to(torch.int8),
-    )
-    arrivals = _Arrivals(walk)
-    resolution = 16 * torch.finfo(t0.dtype).eps
-    alive = int((t0 != t1).sum())  # host sync, once per solve
-    for _ in range(tolerance.max_steps):
+    walk = _Walk.start(y, t0, t1, h)
+    norm = ErrorNorm.of(tolerance, y)
+    arrivals = _Arrivals()
+    alive = int(torch.count_nonzero(walk.left))  # host sync, once per solve
+    for attempt in range(1, tolerance.max_steps + 1):
         if alive == 0:
             break
-        if 4 * alive <= 3 * len(walk.t) and y.device.type == "cpu":
+        if _pays(walk.t.shape[0] - alive, walk.t.shape[0], attempt, y):
             arrivals.put(walk)
-            keep = torch.nonzero(walk.t != walk.t1)[:, 0]
+            keep = torch.nonzero(walk.left)[:, 0]
             slope = work.slopes[0].index_select(0, keep)
             walk = walk.take(keep)
             work.resize(len(keep))
             work.slopes[0].copy_(slope)
         alive = _attempt(
-            kernel,
-            coef,
-            controller,
-            walk,
-            alive,
-            work,
-            tolerance,
-            observers,
-            resolution,
+            kernel, coef, controller, norm, walk, work, observers, alive, attempt
         )
     if alive:
-        stuck = (walk.t != walk.t1) & (walk.status == Status.SUCCESS)
+        stuck = walk.left > 0
+        walk.end(stuck, tolerance.max_steps)
         walk.status = walk.status.masked_fill(stuck, Status.MAX_STEPS)
     arrivals.put(walk)
     return arrivals.finish(coef.stages, 1 + nfe)
 
 
+def _finite(y: Tensor) -> Tensor:
+    """Return which rows of y (A, D) are finite; cheaper than `isfinite`."""
+    return (y * 0).sum(dim=1) == 0
+
+
+def _pays(ended: int, rows: int, attempt: int, y: Tensor) -> bool:
+    """Return whether to leave ended rows behind; on a GPU they cost nothing."""
+    if attempt == 1:
+        return ended > 0  # rows that need not move are none of a gradient's business
+    saved = ended * y.shape[1]
+    return 4 * ended >= rows and saved >= _WORTH_COMPACTING and y.device.type == "cpu"
+
+
 def _attempt(
-    kernel: Kernel,
+    kernel: Evaluator,
     coef: Coefficients,
     controller: Controller,
+    norm: ErrorNorm,
     walk: _Walk,
-    alive: int,
     work: Workspace,
-    tolerance: Tolerance,
     observers: Sequence[Observer],
-    resolution: float,
+    alive: int,
+    attempt: int,
 ) -> int:
-    """Try one step of every row, move those that are accepted, count the rest.
+    """Try one step of every row, move those that are accepted; return who is left.
 
-    Rows that have arrived, or failed, have t == t1: their step is zero.
+    Rows that have ended take steps of length 0.
     """
-    t, y = walk.t, walk.y
-    to_go = walk.t1 - t
-    distance = to_go.abs()
-    # Land on t1; two equal steps rather than a long one and a sliver.
-    last = walk.h * 1.01 >= distance
-    size = torch.where(last, distance, torch.minimum(walk.h, 0.5 * distance))
-    h = torch.copysign(size, to_go)
-    t_next = torch.where(last, walk.t1, t + h)
-
-    times = stage_times(coef, t, h, y.dtype)
+    t, y, left = walk.t, walk.y, walk.left
+    # Two equal steps at the end rather than a long one and a sliver.
+    last = walk.h * 1.01 >= left
+    size = torch.where(last, left, torch.minimum(walk.h, 0.5 * left))
+    h = size * walk.sign
     h_state = h.to(y.dtype)[:, None]
-    fill_stages(kernel.evaluate, coef, times, h_state, y, work)
+    kernel.begin(stage_times(coef, t, h, y.dtype))
+    fill_stages(kernel, coef, h_state, y, work)
     y_next = end_of_step(coef, h_state, y, work)
-    kernel.evaluate(0, times[-1], y_next, work.slopes[-1])
+    kernel.evaluate(coef.stages, y_next, work.slopes[-1])
     torch.mv(work.table, coef.b_err, out=work.flat_state)
-    error = work.state.mul_(h_state)
-    ratio = error_ratio(error, y, y_next, tolerance.rtol, tolerance.atol)
+    ratio = norm.ratio(work.state.mul_(h_state), y, y_next)
     accept, walk.h, walk.memory = controller.decide(ratio, size, walk.memory)
 
-    live = to_go != 0
-    walk.attempts = walk.attempts + live
-    moves = accept & live
-    counts = torch.stack((moves, moves & last)).sum(dim=1)
-    accepted, arrived = counts.tolist()  # the one host sync of a step
-    left = alive - int(arrived)
-    moved = None if accepted == len(t) else moves
+    left_next = left - size
+    t_next = torch.addcmul(walk.t1, walk.sign, left_next, value=-1.0)
+    counts = torch.stack((accept, left_next > 0)).sum(dim=1)
+    accepted, going = counts.tolist()  # the one host sync of a step
+    all_moved = accepted == t.shape[0]
+    moved = None
+    if not all_moved or alive < t.shape[0]:
+        live = left > 0
+        moved = live if all_moved else accept & live
     for observer in observers:
-        observer.observe(Step(walk.rows, moved, walk.ordinal, t, t_next, h, y, work.k))
-    if moved is None:
-        walk.t, walk.y, walk.ordinal = t_next, y_next, walk.ordinal + 1
+        observer.observe(Step(walk.rows, moved, t, t_next, h, y, work.k))
+    if all_moved:
+        walk.t, walk.left, walk.y = t_next, left_next, y_next
         work.slopes[0].copy_(work.slopes[-1])
-        return left
+        if going < alive:
+            walk.end(left > 0, attempt)
+        return int(going)
+    assert moved is not None, "some were refused"
     wide = moved[:, None]
     walk.t = torch.where(moved, t_next, t)
+    walk.left = torch.where(moved, left_next, left)
     walk.y = torch.where(wide, y_next, y)
-    walk.ordinal = walk.ordinal + moved
+    refused = live & ~accept
+    walk.rejected = walk.rejected + refused
+    _give_up(walk, refused, work.k, y_next)
     torch.where(wide, work.slopes[-1], work.slopes[0], out=work.slopes[0])
-    if accepted < alive:
-        left -= _give_up(walk, live & ~accept, ratio, resolution)
-    return left
+    going = int(torch.count_nonzero(walk.left))  # host sync, only after a refusal
+    if going < alive:
+        walk.end(live, attempt)
+    return going
 
 
-def _give_up(walk: _Walk, refused: Tensor, ratio: Tensor, resolution: float) -> int:
-    """End rows whose next step would not move time; return how many."""
-    floor = resolution * torch.maximum(walk.t.abs(), walk.t1.abs())
-    ended = refused & (walk.h <= floor)
-    failed = torch.where(
-        torch.isfinite(ratio), int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE)
-    )
-    walk.status = torch.where(ended, failed.to(walk.status.dtype), walk.status)
+def _give_up(walk: _Walk, refused: Tensor, k: Tensor, y_next: Tensor) -> None:
+    """End rows whose next step would not move time."""
+    ulp = torch.maximum(walk.t.abs(), walk.t1.abs()).mul_(torch.finfo(walk.t.dtype).eps)
+    ended = refused & (walk.h <= 16 * ulp)
+    if not bool(ended.any()):  # host sync, only after a refusal
+        return
+    finite = _finite(y_next) & _finite(k.sum(dim=0))
+    status = torch.where(finite, int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE))
+    walk.status = torch.where(ended, status.to(walk.status.dtype), walk.status)
+    # The time stays what it is; only the distance is given up.
     walk.t1 = torch.where(ended, walk.t, walk.t1)
-    return int(ended.sum())  # host sync, only after a refusal
+    walk.left = walk.left.masked_fill(ended, 0.0)
 
 
 def march(
-    kernel: Kernel,
+    kernel: Evaluator,
     coef: Coefficients,
     y: Tensor,
     t0: Tensor,
@@ -232,27 +262,28 @@ def march(
     total, equal = int(steps.max()), bool((steps == steps[0]).all())  # once per solve
     taken = steps.clamp(max=tolerance.max_steps)
     whole = span / steps.clamp(min=1)
-    zero = torch.zeros_like(whole)
     reached = torch.zeros_like(steps)
     finite = torch.ones_like(span, dtype=torch.bool)
-    kernel.evaluate(0, t0.to(y.dtype), y, work.slopes[0])
+    kernel.begin(t0.to(y.dtype)[None])
+    kernel.evaluate(0, y, work.slopes[0])
+    t = t0
     for n in range(min(total, tolerance.max_steps)):
         moved = None if equal else n < taken
-        h = whole if moved is None else torch.where(moved, whole, zero)
-        t = t0 + whole * torch.clamp(steps, max=n)
-        t_next = torch.where(steps == n + 1, t1, t + h)
-        times = stage_times(coef, t, h, y.dtype)
+        h = whole if moved is None else whole * moved
+        t_next = t0 + whole * torch.clamp(steps, max=n + 1)
+        t_next = torch.where(steps <= n + 1, t1, t_next)
         h_state = h.to(y.dtype)[:, None]
-        fill_stages(kernel.evaluate, coef, times, h_state, y, work)
+        kernel.begin(stage_times(coef, t, h, y.dtype))
+        fill_stages(kernel, coef, h_state, y, work)
         y_next = end_of_step(coef, h_state, y, work)
         if observers or n + 1 < total:
-            kernel.evaluate(0, times[-1], y_next, work.slopes[-1])
-        ordinal = torch.clamp(steps, max=n)
+            kernel.evaluate(coef.stages, y_next, work.slopes[-1])
         for observer in observers:
-            observer.observe(Step(None, moved, ordinal, t, t_next, h, y, work.k))
+            observer.observe(Step(None, moved, t, t_next, h, y, work.k))
+        t = t_next
         y = y_next if moved is None else torch.where(moved[:, None], y_next, y)
         work.slopes[0].copy_(work.slopes[-1])
-        finite = finite & torch.isfinite(y).all(dim=-1)
+        finite = finite & _finite(y)
         reached = reached + (finite if moved is None else finite & moved)
     status = torch.zeros_like(steps, dtype=torch.int8)
     status = status.masked_fill(steps > tolerance.max_steps, Status.MAX_STEPS)

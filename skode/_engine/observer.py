@@ -17,8 +17,6 @@ class Step:
     """(A,) which rows of the batch; None: all, in order."""
     moved: Tensor | None
     """(A,) which of them were accepted; None: all."""
-    ordinal: Tensor
-    """(A,) accepted steps before this one."""
     t: Tensor
     """(A,)."""
     t1: Tensor

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from skode._engine.control import PIController
 from skode._engine.dense import DenseOutput, Requests
-from skode._engine.kernel import Field, Kernel, bind
+from skode._engine.kernel import Evaluator, Field, Kernel, bind
 from skode._engine.loop import integrate, march
 from skode._engine.observer import Observer
 from skode._engine.solution import Statistics, Tolerance
@@ -28,13 +28,13 @@ class Plan:
         """Return the tableau in the dtypes and on the device of the solve."""
         return coefficients(self.tableau, y.dtype, t.dtype, y.device)
 
-    def kernel(self, slots: int) -> Kernel:
+    def kernel(self) -> Kernel:
         """Bind the field for one pass."""
-        return bind(self.field, self.params, slots)
+        return bind(self.field, self.params)
 
     def run(
         self,
-        kernel: Kernel,
+        kernel: Evaluator,
         y: Tensor,
         t0: Tensor,
         t1: Tensor,
@@ -44,29 +44,39 @@ class Plan:
         coef = self.coefficients(y, t0)
         if not self.tableau.adaptive:
             return march(kernel, coef, y, t0, t1, self.tolerance, observers)
-        controller = PIController(self.tolerance, coef.order, coef.error_constant)
+        controller = PIController.of(self.tolerance, y, coef.order, coef.error_constant)
         return integrate(kernel, coef, controller, y, t0, t1, self.tolerance, observers)
 
-    def forward(
-        self, y0: Tensor, times: Tensor, record: bool
-    ) -> tuple[Tensor, Statistics, Requests, Tape | None]:
+    def forward(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics, Requests]:
         """Solve without autograd; return states at all times (B, T, D)."""
-        requests = Requests.of(times)
-        dense = (
-            DenseOutput(requests, y0, self.coefficients(y0, times))
-            if requests.any_inside
-            else None
-        )
-        recorder = Recorder() if record else None
-        observers: list[Observer] = [o for o in (dense, recorder) if o is not None]
-        y1, stats = self.run(
-            self.kernel(slots=0), y0, times[:, 0], times[:, -1], observers
-        )
+        requests, dense = self._dense(y0, times)
+        ys, stats = self._solve(y0, requests, dense, () if dense is None else (dense,))
+        return ys, stats, requests
+
+    def record(
+        self, y0: Tensor, times: Tensor
+    ) -> tuple[Tensor, Statistics, Requests, Tape]:
+        """Solve without autograd, and record the steps."""
+        requests, dense = self._dense(y0, times)
+        recorder = Recorder(dense)
+        ys, stats = self._solve(y0, requests, dense, (recorder,))
+        return ys, stats, requests, recorder.tape()
+
+    def _dense(self, y0: Tensor, times: Tensor) -> tuple[Requests, DenseOutput | None]:
+        requests = Requests(times)
+        if not requests.any_inside:
+            return requests, None
+        return requests, DenseOutput(requests, y0, self.coefficients(y0, times))
+
+    def _solve(
+        self,
+        y0: Tensor,
+        requests: Requests,
+        dense: DenseOutput | None,
+        observers: Sequence[Observer],
+    ) -> tuple[Tensor, Statistics]:
+        times = requests.times
+        kernel = self.kernel()
+        y1, stats = self.run(kernel, y0, times[:, 0], times[:, -1], observers)
         y1 = y1.masked_fill((stats.status != 0)[:, None], float("nan"))
-        ys = requests.fill(y0, y1, None if dense is None else dense.ys)
-        tape = None
-        if recorder is not None:
-            tape = recorder.tape(
-                stats.n_accepted, [] if dense is None else dense.events
-            )
-        return ys, stats, requests, tape
+        return requests.fill(y0, y1, None if dense is None else dense.ys), stats

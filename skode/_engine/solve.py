@@ -95,7 +95,8 @@ def solve(
         x.requires_grad for x in (y0, times, *params)
     )
     if not wanted:
-        ys, stats, _, _ = plan.forward(y0.detach(), times.detach(), record=False)
+        with torch.no_grad():
+            ys, stats, _ = plan.forward(y0.detach(), times.detach())
     elif gradient == "backprop":
         ys, stats = backprop(plan, y0, times)
     else:

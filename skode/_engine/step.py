@@ -4,28 +4,23 @@
 `differentiable_step` is its plain twin.
 """
 
-from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from skode._engine.kernel import Field, checked
+from skode._engine.kernel import Evaluator, Field, Kernel, checked
 from skode._engine.tableau import Coefficients
-
-Evaluate = Callable[[int, Tensor, Tensor, Tensor], None]
-"""(slot, t, y, out) -> None: writes f(t, y) to out."""
 
 
 class Workspace:
     """Memory for the stages of up to B rows, viewed for the first A of them."""
 
     def __init__(self, coef: Coefficients, y: Tensor) -> None:
-        self._flat = torch.zeros(
-            (coef.stages + 1) * y.numel(), dtype=y.dtype, device=y.device
-        )
-        self._state = torch.empty_like(y, memory_format=torch.contiguous_format)
         self._stages = coef.stages + 1
-        self.resize(len(y))
+        self._flat = y.new_zeros(self._stages * y.numel())
+        self._state = torch.empty_like(y, memory_format=torch.contiguous_format)
+        self.resize(y.shape[0])
 
     def resize(self, rows: int) -> None:
         """View the memory as that of `rows` rows; contents are lost."""
@@ -33,48 +28,73 @@ class Workspace:
         flat = self._flat[: self._stages * rows * dim]
         self.k = flat.view(self._stages, rows, dim)
         """(S + 1, A, D) stage derivatives."""
-        self.slopes = tuple(self.k)
+        self.slopes = self.k.unbind()
         self.state = self._state[:rows]
         """(A, D) argument of a stage."""
         self.flat_state = self.state.view(-1)
-        table = flat.view(self._stages, rows * dim)
-        self.table = table.T
+        self.table = flat.view(self._stages, rows * dim).T
         """(A D, S + 1) the same numbers as `k`."""
-        self.earlier = tuple(self.table[:, :i] for i in range(self._stages + 1))
-        """For i stages, (A D, i)."""
         self.rows = rows
+        # Forwards one half of the views below is used, backwards the other.
+        self.__dict__.pop("earlier", None)
+        self.__dict__.pop("later", None)
 
+    @cached_property
+    def earlier(self) -> tuple[Tensor, ...]:
+        """All before stage i, (A D, i), for i from 0 to S."""
+        return tuple(self.table[:, :i] for i in range(self._stages))
+
+    @cached_property
     def later(self) -> tuple[Tensor, ...]:
-        """View all behind stage i, (A D, S - i), for every i."""
-        return tuple(self.table[:, i + 1 :] for i in range(self._stages))
+        """All behind stage i, (A D, S - i), for i from 0 to S - 1."""
+        return tuple(self.table[:, i:] for i in range(1, self._stages))
 
 
 def fill_stages(
-    evaluate: Evaluate,
-    coef: Coefficients,
-    times: Sequence[Tensor],
-    h: Tensor,
-    y: Tensor,
-    work: Workspace,
+    kernel: Evaluator, coef: Coefficients, h: Tensor, y: Tensor, work: Workspace
 ) -> None:
-    """Evaluate stages 1 .. S-1 given stage 0.
+    """Evaluate stages 1 .. S-1 given stage 0, the kernel having begun.
 
     Parameters
     ----------
-    evaluate : callable
-        ``kernel.evaluate``, or ``kernel.linearize`` to remember the stages.
-    times : S + 1 tensors of shape (A,)
-        Times of the stages, in the dtype of the state.
     h : Tensor of shape (A, 1)
         Signed steps, in the dtype of the state.
     y : Tensor of shape (A, D)
         States before the step; left as they are.
     """
-    state, flat = work.state, work.flat_state
+    state, flat, earlier = work.state, work.flat_state, work.earlier
     for i in range(1, coef.stages):
-        torch.mv(work.earlier[i], coef.a[i], out=flat)
+        torch.mv(earlier[i], coef.a[i], out=flat)
         torch.addcmul(y, h, state, out=state)
-        evaluate(i, times[i], state, work.slopes[i])
+        kernel.evaluate(i, state, work.slopes[i])
+
+
+def linearize_stages(
+    kernel: Kernel,
+    coef: Coefficients,
+    h: Tensor,
+    y: Tensor,
+    work: Workspace,
+    states: Tensor,
+) -> None:
+    """Evaluate stages 0 .. S-1 and have the kernel remember them in its slots."""
+    slots, earlier = states.unbind(), work.earlier
+    slots[0].copy_(y)
+    kernel.linearize(0, work.slopes[0])
+    for i in range(1, coef.stages):
+        torch.mv(earlier[i], coef.a[i], out=work.flat_state)
+        torch.addcmul(y, h, work.state, out=slots[i])
+        kernel.linearize(i, work.slopes[i])
+
+
+def linearize_known(
+    kernel: Kernel, coef: Coefficients, h: Tensor, y: Tensor, k: Tensor, states: Tensor
+) -> None:
+    """Do the same at once, given the stages k (S + 1, A, D)."""
+    known = k[: coef.stages].flatten(1)
+    torch.mm(coef.a_square, known, out=states.view(known.shape))
+    torch.addcmul(y, h, states, out=states)
+    kernel.linearize_all()
 
 
 def end_of_step(coef: Coefficients, h: Tensor, y: Tensor, work: Workspace) -> Tensor:
@@ -83,11 +103,9 @@ def end_of_step(coef: Coefficients, h: Tensor, y: Tensor, work: Workspace) -> Te
     return torch.addcmul(y, h, work.state)
 
 
-def stage_times(
-    coef: Coefficients, t: Tensor, h: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Return t + c h, (A,), of each of S + 1 stages, in the dtype of the state."""
-    return torch.addcmul(t, coef.c, h).to(dtype).unbind()
+def stage_times(coef: Coefficients, t: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return t + c h of each of S + 1 stages, (S + 1, A), in the dtype of the state."""
+    return torch.addcmul(t, coef.c, h).to(dtype)
 
 
 def differentiable_step(

@@ -1,125 +1,102 @@
-"""The accepted steps of a solve, arranged so that gradients can replay them.
+"""The steps of a solve, kept so that gradients can replay them.
 
-Rows are sorted by their number of steps, most first; then the rows that take a
-j-th step are a prefix of all rows, for every j, and a replay is a loop over j with
-views instead of gathers. B rows, D state, N accepted steps in all.
+B rows, A of them in a step, D state, E requested times inside it.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from skode._engine.dense import Events
+from skode._engine.dense import DenseOutput, Events
 from skode._engine.observer import Step
+
+_WORTH_GATHERING = 2048
+"""Numbers of state; fewer cost less to replay with a step of 0 than to sort out."""
+
+_MOST_AT_ONCE, _MOST_KEPT = 2**16, 2**21
+"""Numbers of stages that are kept, of one step and of all."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """The j-th steps of the A rows that take one."""
+class Taken:
+    """One step of A rows. A row with h = 0 stays where it is."""
 
+    rows: Tensor | None
+    """(A,) which rows of the batch; None: all, in order."""
     t: Tensor
     """(A,)."""
     h: Tensor
     """(A,) signed."""
     y: Tensor
     """(A, D) before the step."""
-    position: Tensor | None
-    """(E,) which of the A rows each requested time inside belongs to."""
-    index: Tensor | None
-    """(E,) which of its row's requested times."""
+    events: Events | None
+    k: Tensor | None
+    """(S + 1, A, D) stage derivatives, or None to compute them again."""
+
+    def only(self, keep: Tensor) -> "Taken":
+        """Return the step of some of its rows (indices, ascending)."""
+        events = self.events
+        if events is not None:  # they are of rows that are kept
+            events = replace(events, position=torch.searchsorted(keep, events.position))
+        return Taken(
+            keep if self.rows is None else self.rows[keep],
+            self.t.index_select(0, keep),
+            self.h.index_select(0, keep),
+            self.y.index_select(0, keep),
+            events,
+            None if self.k is None else self.k.index_select(1, keep),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Tape:
-    """All steps of a solve, in order."""
-
-    order: Tensor
-    """(B,) rows by number of steps, most first."""
-    groups: tuple[Group, ...]
+Tape = tuple[Taken, ...]
+"""All steps of a solve, in order."""
 
 
 class Recorder:
-    """Observer that keeps (t, h, y) of accepted steps: the states, no activations."""
+    """Observer that keeps (t, h, y) of accepted steps, and no activations.
 
-    def __init__(self) -> None:
-        self._rows: list[Tensor | None] = []
-        self._ordinal: list[Tensor] = []
-        self._t: list[Tensor] = []
-        self._h: list[Tensor] = []
-        self._y: list[Tensor] = []
+    Stages are kept too while they are small: on few rows, what it takes to compute
+    them again is not arithmetic.
+    """
+
+    def __init__(self, dense: DenseOutput | None) -> None:
+        self._dense = dense
+        self._room = _MOST_KEPT
+        self._taken: list[Taken] = []
 
     def observe(self, step: Step) -> None:
-        rows, moved = step.rows, step.moved
-        kept = (step.ordinal, step.t, step.h, step.y)
-        if moved is not None:
-            index = torch.nonzero(moved)[:, 0]
-            if len(index) == 0:
-                return
-            rows = index if rows is None else rows[index]
-            kept = tuple(column.index_select(0, index) for column in kept)  # type: ignore[assignment]
-        self._rows.append(rows)
-        for column, part in zip(
-            (self._ordinal, self._t, self._h, self._y), kept, strict=True
-        ):
-            column.append(part)
+        events = None if self._dense is None else self._dense.write(step)
+        moved = step.moved
+        if moved is None:
+            k = self._keep(step.k)
+            self._taken.append(Taken(step.rows, step.t, step.h, step.y, events, k))
+            return
+        idle = moved.shape[0] - int(torch.count_nonzero(moved))
+        if idle == moved.shape[0]:
+            return
+        h, k = step.h * moved, self._keep(step.k)
+        taken = Taken(step.rows, step.t, h, step.y, events, k)
+        if _worth_gathering(step, idle):
+            taken = taken.only(torch.nonzero(moved)[:, 0])
+        self._taken.append(taken)
 
-    def tape(self, n_accepted: Tensor, events: list[Events]) -> Tape:
-        """Arrange what was recorded."""
-        batch = len(n_accepted)
-        device = n_accepted.device
-        if not self._rows:
-            return Tape(torch.arange(batch, device=device), ())
-        if all(rows is None for rows in self._rows):
-            order = torch.arange(batch, device=device)
-            columns = list(zip(self._t, self._h, self._y, strict=True))
-            position = order
-        else:
-            order = torch.argsort(n_accepted, descending=True, stable=True)
-            position = torch.empty_like(order)
-            position[order] = torch.arange(batch, device=device)
-            columns = self._sorted(n_accepted, position)
-        placed = _place(events, position, len(columns))
-        return Tape(
-            order,
-            tuple(
-                Group(*column, *where)
-                for column, where in zip(columns, placed, strict=True)
-            ),
-        )
+    def _keep(self, k: Tensor) -> Tensor | None:
+        size = k.numel()
+        if size > min(self._room, _MOST_AT_ONCE):
+            return None
+        self._room -= size
+        return k.clone()
 
-    def _sorted(
-        self, n_accepted: Tensor, position: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Gather the steps by ordinal, and by position within it."""
-        everyone = torch.arange(len(n_accepted), device=n_accepted.device)
-        rows = torch.cat([everyone if r is None else r for r in self._rows])
-        ordinal = torch.cat(self._ordinal)
-        key = torch.argsort(ordinal * len(n_accepted) + position[rows])
-        sizes = torch.bincount(ordinal).tolist()
-        # Each column is freed before the next is gathered: one copy at a time.
-        split = []
-        for column in (self._t, self._h, self._y):
-            whole = torch.cat(column)
-            column.clear()
-            split.append(whole.index_select(0, key).split(sizes))
-        return list(zip(*split, strict=True))
+    def tape(self) -> Tape:
+        """Return what was recorded."""
+        return tuple(self._taken)
 
 
-def _place(
-    events: list[Events], position: Tensor, groups: int
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Hand every event to the group of its step."""
-    if not events:
-        return [(None, None)] * groups
-    rows = torch.cat([event.rows for event in events])
-    ordinal = torch.cat([event.ordinal for event in events])
-    index = torch.cat([event.index for event in events])
-    key = torch.argsort(ordinal, stable=True)
-    sizes = torch.bincount(ordinal, minlength=groups).tolist()
-    return [
-        (where, which) if len(where) else (None, None)
-        for where, which in zip(
-            position[rows[key]].split(sizes), index[key].split(sizes), strict=True
-        )
-    ]
+def _worth_gathering(step: Step, idle: int) -> bool:
+    """Return whether the rows that did not move are better left out."""
+    if idle * step.y.shape[1] >= _WORTH_GATHERING:
+        return True
+    # Where a slope is not finite, not even a step of 0 stays where it is: 0 * NaN.
+    return not math.isfinite(float(step.k.sum()))

@@ -1,4 +1,4 @@
-"""Vector fields f(t, y). B rows, D state, H hidden, S slots of a kernel.
+"""Vector fields f(t, y). A rows, D state, H hidden, n slots of a kernel.
 
 `MLPField` differentiates itself: its kernel evaluates the field and pulls cotangents
 back in preallocated memory, without autograd, and forms the parameter gradient of all
@@ -63,71 +63,88 @@ class MLPField(nn.Module):
         slope: Tensor = F.linear(y, weight, bias) + time * shift
         return slope
 
-    def kernel(self, params: Sequence[Tensor], slots: int) -> "MLPKernel | None":
+    def kernel(self, params: Sequence[Tensor]) -> "MLPKernel | None":
         """Return this field's kernel if `params` are its own parameters."""
         own = tuple(self.parameters())
         if params and [id(p) for p in params] != [id(p) for p in own]:
             return None
-        return MLPKernel(self, slots)
+        return MLPKernel(own, self.activation)
 
 
 class MLPKernel:
     """Evaluations and vector-Jacobian products of an `MLPField` for one solve."""
 
-    def __init__(self, field: MLPField, slots: int) -> None:
-        self._weights = [weight.detach() for weight in field.weights]
-        self._biases = [bias.detach() for bias in field.biases]
-        self._shifts = [shift.detach() for shift in field.shifts]
-        *self._hidden, self._last = zip(
-            self._biases,
-            self._shifts,
-            [weight.T for weight in self._weights],
-            strict=True,
-        )
-        self._activation = _ACTIVATIONS[field.activation]
-        self._slots = slots
-        self._scratch: list[Tensor] = []
-        self._rows = -1  # of the scratch memory in use
-        self._in_use: list[Tensor] = []
+    def __init__(self, params: Sequence[Tensor], activation: str) -> None:
+        depth = len(params) // 3
+        self._weights, self._shifts = params[:depth], params[2 * depth :]
+        self._widths = tuple(weight.shape[0] for weight in self._weights)
+        self._activation = _ACTIVATIONS[activation]
+        self._affine = _Affine(params[depth : 2 * depth], self._shifts, self._weights)
+        self._hidden: list[Tensor] = []
+        self._rows = -1  # of the hidden layers' memory
         self._memory: _Memory | None = None
         self._sums: list[tuple[Tensor, Tensor]] | None = None
 
-    def evaluate(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
+    def begin(self, times: Tensor) -> None:
+        """Announce the times (n, A)."""
+        self._affine.begin(times)
+
+    def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
         """Write f(t, y) to `out` and remember nothing."""
         if y.shape[0] != self._rows:
-            self._resize(y)
-        time = t.unsqueeze(1)
-        activate = self._activation.in_place
-        for layer, hidden in zip(self._hidden, self._in_use, strict=True):
-            _affine(layer, time, y, hidden)
+            self._rows = y.shape[0]
+            self._hidden = [y.new_empty(self._rows, w) for w in self._widths[:-1]]
+        layer, apply, activate = 0, self._affine.apply, self._activation.in_place
+        for hidden in self._hidden:
+            apply(layer, slot, y, hidden)
             activate(hidden)
             y = hidden
-        _affine(self._last, time, y, out)
+            layer += 1
+        apply(layer, slot, y, out)
 
-    def linearize(self, slot: int, t: Tensor, y: Tensor, out: Tensor) -> None:
-        """Write f(t, y) to `out` and remember the inputs of every layer."""
-        memory = self._remembered(y)
-        memory.times[slot].copy_(t)
-        inputs = memory.inputs[slot]
-        x = inputs[0].copy_(y)
-        time = t.unsqueeze(1)
-        remember = self._activation.remember
-        for layer, slope, value in zip(
-            self._hidden, memory.slopes[slot], inputs[1:], strict=True
-        ):
+    def begin_linear(self, times: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Begin; return where to write states and cotangents."""
+        self.begin(times)
+        if self._memory is None or self._memory.shape != times.shape:
+            widths = (dim, *self._widths)
+            self._memory = _Memory(times, widths, self._activation.keeps_slope)
+        self._memory.times.copy_(times)
+        return self._memory.states, self._memory.cotangents
+
+    def linearize(self, slot: int, out: Tensor) -> None:
+        """Write f(t, state) to `out` and remember the inputs of every layer."""
+        memory = self._memory
+        assert memory is not None, "linearize follows begin_linear"
+        x, *values = memory.inputs.by_slot[slot]
+        slopes = memory.slopes[slot]
+        layer, apply, remember = 0, self._affine.apply, self._activation.remember
+        for value in values:
             # The slope's memory holds the pre-activation until it is known.
-            _affine(layer, time, x, slope)
+            slope = slopes[layer]
+            apply(layer, slot, x, slope)
             remember(slope, value)
             x = value
-        _affine(self._last, time, x, out)
+            layer += 1
+        apply(layer, slot, x, out)
 
-    def pull(self, slot: int, cotangent: Tensor, out: Tensor) -> None:
+    def linearize_all(self) -> None:
+        """Remember the inputs of every layer in all slots, a layer at a time."""
+        memory = self._memory
+        assert memory is not None, "linearize_all follows begin_linear"
+        x, *values = memory.inputs.matrices
+        slopes = memory.slope_matrices
+        for layer, value in enumerate(values):
+            self._affine.apply_all(layer, x, slopes[layer])
+            self._activation.remember(slopes[layer], value)
+            x = value
+
+    def pull(self, slot: int, out: Tensor) -> None:
         """Write cotangent . df/dy to `out`; remember every layer's cotangent."""
         memory = self._memory
         assert memory is not None, "pull follows linearize"
-        inputs, deltas = memory.inputs[slot], memory.deltas[slot]
+        inputs, deltas = memory.inputs.by_slot[slot], memory.deltas.by_slot[slot]
         slopes, pull = memory.slopes[slot], self._activation.pull
-        above = deltas[-1].copy_(cotangent)
+        above = deltas[-1]
         for i in range(len(deltas) - 1, 0, -1):
             delta = deltas[i - 1]
             torch.mm(above, self._weights[i], out=delta)
@@ -136,13 +153,12 @@ class MLPKernel:
         torch.mm(above, self._weights[0], out=out)
 
     def pull_time(self, slot: int) -> Tensor:
-        """Return cotangent . df/dt, (B,)."""
+        """Return cotangent . df/dt, (A,)."""
         assert self._memory is not None, "pull_time follows pull"
+        deltas = self._memory.deltas.by_slot[slot]
         parts = [
             torch.mv(delta, shift)
-            for delta, shift in zip(
-                self._memory.deltas[slot], self._shifts, strict=True
-            )
+            for delta, shift in zip(deltas, self._shifts, strict=True)
         ]
         return torch.stack(parts).sum(dim=0)
 
@@ -155,7 +171,12 @@ class MLPKernel:
                 (torch.zeros_like(weight), weight.new_zeros(2, len(weight)))
                 for weight in self._weights
             ]
-        inputs, deltas, one_and_time = memory.first(slots)
+        one_and_time = memory.one_and_time
+        inputs, deltas = memory.inputs.matrices, memory.deltas.matrices
+        if slots < memory.shape[0]:
+            rows = slots * memory.shape[1]
+            one_and_time = one_and_time[:, :rows]
+            inputs, deltas = [x[:rows] for x in inputs], [x[:rows] for x in deltas]
         for (weight, bias_and_shift), x, delta in zip(
             self._sums, inputs, deltas, strict=True
         ):
@@ -164,110 +185,102 @@ class MLPKernel:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return weights', biases' and shifts' gradients, as `parameters` orders."""
-        if self._sums is None:
+        sums, self._sums = self._sums, None
+        if sums is None:
             return (None,) * (3 * len(self._weights))
         return (
-            *(weight for weight, _ in self._sums),
-            *(both[0] for _, both in self._sums),
-            *(both[1] for _, both in self._sums),
+            *(weight for weight, _ in sums),
+            *(both[0] for _, both in sums),
+            *(both[1] for _, both in sums),
         )
 
-    def _resize(self, y: Tensor) -> None:
-        """View the scratch memory as that of the rows of y."""
-        rows = y.shape[0]
-        if rows > max(self._rows, 0) and not (
-            self._scratch and self._scratch[0].shape[0] >= rows
+
+_MOST_AHEAD = 2**18
+"""Numbers in the biases of all slots of a layer; more of them leave the cache."""
+
+
+class _Affine:
+    """Layers x W + b + t u, at the times of every slot."""
+
+    def __init__(
+        self,
+        biases: Sequence[Tensor],
+        shifts: Sequence[Tensor],
+        weights: Sequence[Tensor],
+    ) -> None:
+        self._biases, self._shifts = biases, shifts
+        self._weights = [weight.T for weight in weights]
+        self._ahead: _Blocks | None = None
+        self._times: tuple[Tensor, ...] = ()
+
+    def begin(self, times: Tensor) -> None:
+        """Shift the biases by the times (n, A) of all slots at once, if they are few.
+
+        They make one operation of two in every layer of every slot.
+        """
+        wide = times.unsqueeze(2)
+        widest = max(bias.shape[0] for bias in self._biases)
+        if times.shape[0] == 1 or times.numel() * widest > _MOST_AHEAD:
+            self._times = wide.unbind()
+            self._ahead, self.apply = None, self._apply_at_once
+            return
+        if self._ahead is None or self._ahead.shape != times.shape:
+            self._ahead = _Blocks(times, [bias.shape[0] for bias in self._biases])
+            self.apply = self._apply_shifted
+        for bias, shift, block in zip(
+            self._biases, self._shifts, self._ahead.blocks, strict=True
         ):
-            self._scratch = [y.new_empty(rows, len(b)) for b in self._biases[:-1]]
-        self._in_use = [hidden[:rows] for hidden in self._scratch]
-        self._rows = rows
+            torch.addcmul(bias, wide, shift, out=block)
 
-    def _remembered(self, y: Tensor) -> "_Memory":
-        memory, rows = self._memory, y.shape[0]
-        if memory is None or memory.capacity < rows:
-            widths = [weight.shape[1] for weight in self._weights]
-            keeps = self._activation.keeps_slope
-            self._memory = memory = _Memory(self._slots, y, widths, keeps)
-        if memory.rows != rows:
-            memory.resize(rows)
-        return memory
+    def _apply_shifted(self, layer: int, slot: int, x: Tensor, out: Tensor) -> None:
+        assert self._ahead is not None, "apply follows begin"
+        bias = self._ahead.by_slot[slot][layer]
+        torch.addmm(bias, x, self._weights[layer], out=out)
+
+    def _apply_at_once(self, layer: int, slot: int, x: Tensor, out: Tensor) -> None:
+        bias, shift = self._biases[layer], self._shifts[layer]
+        torch.addcmul(bias, self._times[slot], shift, out=out)
+        out.addmm_(x, self._weights[layer])
+
+    def apply_all(self, layer: int, x: Tensor, out: Tensor) -> None:
+        """Write the layer of all slots' rows (n A, fan-in) to `out`."""
+        if self._ahead is None:
+            bias, shift = self._biases[layer], self._shifts[layer]
+            torch.addcmul(bias, torch.cat(self._times), shift, out=out)
+            out.addmm_(x, self._weights[layer])
+        else:
+            bias = self._ahead.matrices[layer]
+            torch.addmm(bias, x, self._weights[layer], out=out)
 
 
-_Layer = tuple[Tensor, Tensor, Tensor]
-"""Bias, shift and transposed weight."""
+class _Blocks:
+    """For each of some layers, memory (n, A, width), and its views."""
 
-
-def _affine(layer: _Layer, time: Tensor, x: Tensor, out: Tensor) -> None:
-    bias, shift, weight = layer
-    torch.addcmul(bias, time, shift, out=out)
-    out.addmm_(x, weight)
+    def __init__(self, times: Tensor, widths: Sequence[int]) -> None:
+        self.shape = times.shape
+        self.blocks = [times.new_empty(*times.shape, width) for width in widths]
+        self.matrices = [block.flatten(0, 1) for block in self.blocks]
+        self.by_slot: list[tuple[Tensor, ...]] = list(
+            zip(*(block.unbind() for block in self.blocks), strict=True)
+        )
 
 
 class _Memory:
-    """What the slots of a kernel hold, for up to a capacity of rows.
+    """What the slots of a kernel hold: inputs and cotangents of every layer."""
 
-    Slots of fewer rows lie densely, so that the first slots are one matrix. Views are
-    made once for each number of rows: they cost as much as arithmetic on small ones.
-    """
-
-    def __init__(
-        self, slots: int, y: Tensor, widths: Sequence[int], keeps_slope: bool
-    ) -> None:
-        self._slots, self.capacity = slots, y.shape[0]
-        self._widths = tuple(widths)
-        self._out = (*self._widths[1:], y.shape[1])
-        self._keeps_slope = keeps_slope
-
-        def flat(width: int) -> Tensor:
-            return y.new_empty(slots * self.capacity * width)
-
-        self._flat_inputs = [flat(width) for width in self._widths]
-        self._flat_deltas = [flat(width) for width in self._out]
+    def __init__(self, times: Tensor, widths: Sequence[int], keeps_slope: bool) -> None:
+        self.shape = times.shape
+        self.inputs = _Blocks(times, widths[:-1])
+        self.deltas = _Blocks(times, widths[1:])
         # An activation whose slope is known from its value is computed in place.
-        self._flat_slopes = (
-            [flat(width) for width in self._widths[1:]]
-            if keeps_slope
-            else self._flat_inputs[1:]
-        )
-        self._flat_times = y.new_ones(2, slots * self.capacity)
-        self.resize(self.capacity)
-
-    def resize(self, rows: int) -> None:
-        """View the memory as that of `rows` rows; contents are lost."""
-        self.rows = rows
-        count = self._slots * rows
-        self._inputs = _matrices(self._flat_inputs, self._widths, count)
-        self._deltas = _matrices(self._flat_deltas, self._out, count)
-        slopes = _matrices(self._flat_slopes, self._widths[1:], count)
-        self._one_and_time = self._flat_times[:, :count]
-        self.inputs = self._by_slot(self._inputs)
-        self.deltas = self._by_slot(self._deltas)
-        self.slopes = self._by_slot(slopes)
-        self.times = self._one_and_time[1].split(rows)
-
-    def first(self, slots: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Return inputs and deltas of every layer, and [1, t], of the first slots."""
-        if slots == self._slots:
-            return self._inputs, self._deltas, self._one_and_time
-        count = slots * self.rows
-        return (
-            [x[:count] for x in self._inputs],
-            [x[:count] for x in self._deltas],
-            self._one_and_time[:, :count],
-        )
-
-    def _by_slot(self, layers: list[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Turn matrices of all slots into the matrices of each slot."""
-        if not layers:
-            return [()] * self._slots
-        return list(zip(*(x.split(self.rows) for x in layers), strict=True))
-
-
-def _matrices(flat: list[Tensor], widths: Sequence[int], rows: int) -> list[Tensor]:
-    return [
-        x[: rows * width].view(rows, width)
-        for x, width in zip(flat, widths, strict=True)
-    ]
+        self.slopes = [inputs[1:] for inputs in self.inputs.by_slot]
+        self.slope_matrices = self.inputs.matrices[1:]
+        if keeps_slope and len(widths) > 2:
+            slopes = _Blocks(times, widths[1:-1])
+            self.slopes, self.slope_matrices = slopes.by_slot, slopes.matrices
+        self.states, self.cotangents = self.inputs.blocks[0], self.deltas.blocks[-1]
+        self.one_and_time = times.new_ones(2, times.numel())
+        self.times = self.one_and_time[1].view(times.shape)
 
 
 def _silu_slope(x: Tensor, out: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from skode._engine.solve import METHODS, solve
 from skode._nn.fields import MLPField
 
-__all__ = ["METHODS", "Integration", "ODENet", "Standardizer", "build"]
+__all__ = ["METHODS", "Integration", "ODENet", "build"]
 
 FieldFactory = Callable[[int], nn.Module]
 """Called with the width of the state; returns a module f(t, y)."""
@@ -25,22 +25,6 @@ class Integration:
     step_size: float | None
     max_steps: int
     gradient: str
-
-
-class Standardizer(nn.Module):
-    """Shift and scale that travel with the weights."""
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, shift: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("shift", shift)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (x - shift) / scale, (B, F)."""
-        return (x - self.shift) / self.scale
 
 
 class ZeroAugment(nn.Module):
@@ -60,8 +44,6 @@ class ODENet(nn.Module):
 
     Parameters
     ----------
-    scaler : Standardizer
-        Of the features.
     encoder : Module
         (B, F) -> (B, D).
     field : Module
@@ -70,11 +52,8 @@ class ODENet(nn.Module):
         (B, D) -> (B, O).
     """
 
-    def __init__(
-        self, scaler: nn.Module, encoder: nn.Module, field: nn.Module, head: nn.Module
-    ) -> None:
+    def __init__(self, encoder: nn.Module, field: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.scaler = scaler
         self.encoder = encoder
         self.field = field
         self.head = head
@@ -93,7 +72,7 @@ class ODENet(nn.Module):
         return (
             solve(
                 self.field,
-                self.encoder(self.scaler(x)),
+                self.encoder(x),
                 times,
                 params=tuple(self.field.parameters()),
                 method=how.method,
@@ -111,7 +90,7 @@ class ODENet(nn.Module):
         """Return the evaluations of the field that each row takes, (B,)."""
         return solve(
             self.field,
-            self.encoder(self.scaler(x)),
+            self.encoder(x),
             x.new_tensor([0.0, 1.0]),
             method=how.method,
             rtol=how.rtol,
@@ -122,7 +101,7 @@ class ODENet(nn.Module):
 
 
 def build(
-    scaler: Standardizer,
+    n_features: int,
     n_outputs: int,
     *,
     encoder: str,
@@ -140,7 +119,6 @@ def build(
     ValueError
         If zero augmentation has no room for the features.
     """
-    n_features = len(scaler.shift)
     enter: nn.Module
     if encoder == "linear":
         enter = nn.Linear(n_features, width)
@@ -157,4 +135,4 @@ def build(
             "field must be a callable that takes the width of the state and returns a "
             f"torch.nn.Module f(t, y), got {type(inner).__name__}."
         )
-    return ODENet(scaler, enter, inner, nn.Linear(width, n_outputs))
+    return ODENet(enter, inner, nn.Linear(width, n_outputs))

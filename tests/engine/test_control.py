@@ -31,10 +31,10 @@ def first(rate, y=1.0, span=1.0, tol=1e-5, method="dopri5"):
     y = torch.full((1, 2), y, dtype=torch.float64)
     t = torch.zeros(1, dtype=torch.float64)
     coef = coefficients(TABLEAUX[method], y.dtype, t.dtype, y.device)
-    controller = PIController(
-        Tolerance(tol, tol, None, 9), coef.order, coef.error_constant
+    controller = PIController.of(
+        Tolerance(tol, tol, None, 9), y, coef.order, coef.error_constant
     )
-    kernel = AutogradKernel(lambda t, y: rate * y, (), 0)
+    kernel = AutogradKernel(lambda t, y: rate * y, ())
     step, nfe = controller.first(kernel, t, y, rate * y, torch.full_like(t, span))
     assert nfe == 1
     return step.item()

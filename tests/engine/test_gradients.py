@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_closed_form(gradient, method):
         torch.testing.assert_close(grad, wanted_grad, rtol=0, atol=1e-7)
 
 
-def replay(gradient, method, times, dtype=torch.float64, tolerance=1e-3, scale=12.0):
+def replay(gradient, method, times, dtype=torch.float64, tolerance=1e-3, scale=10.0):
     """Return the solution and gradients of a field that refuses some steps."""
     field = perceptron(scale=scale, dtype=dtype)
     y0 = normal(len(RAGGED), 3, seed=1, dtype=dtype).requires_grad_()
@@ -117,6 +117,16 @@ CASES = {
 }
 
 
+@pytest.fixture(params=["small", "large"])
+def size(request, monkeypatch):
+    """Treat a few rows as the few they are, or as if they were thousands."""
+    if request.param == "large":
+        monkeypatch.setattr("skode._engine.loop._WORTH_COMPACTING", 0)
+        monkeypatch.setattr("skode._engine.tape._WORTH_GATHERING", 0)
+        monkeypatch.setattr("skode._engine.tape._MOST_AT_ONCE", 0)
+
+
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("key", CASES)
 @pytest.mark.parametrize("method", TABLEAUX)
 def test_checkpoint_is_backprop_to_rounding(method, key):

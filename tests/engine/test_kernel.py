@@ -14,17 +14,21 @@ GRADIENTS = ["checkpoint", "adjoint", "backprop"]
 def test_products_are_those_of_autograd():
     field = perceptron()
     params = [param.requires_grad_() for param in field.params]
-    kernel = AutogradKernel(field, params, slots=2)
+    kernel = AutogradKernel(field, params)
     total = [torch.zeros_like(param) for param in params]
+    times = normal(2, 4, seed=0)
+    states, cotangents = kernel.begin_linear(times, 3)
     for slot in range(2):
-        t, y = normal(4, seed=slot), normal(4, 3, seed=10 + slot)
+        t, y = times[slot].clone(), normal(4, 3, seed=10 + slot)
         v = normal(4, 3, seed=20 + slot)
+        states[slot].copy_(y)
+        cotangents[slot].copy_(v)
         t.requires_grad_(), y.requires_grad_()
         wanted = torch.autograd.grad(field(t, y), (y, t, *params), v)
         out, value, plain = (torch.empty(4, 3, dtype=torch.float64) for _ in range(3))
-        kernel.linearize(slot, t, y, value)
-        kernel.evaluate(slot, t, y, plain)
-        kernel.pull(slot, v, out)
+        kernel.linearize(slot, value)
+        kernel.evaluate(slot, y, plain)
+        kernel.pull(slot, out)
         assert torch.equal(value, plain)
         torch.testing.assert_close(value, field(t, y).detach())
         torch.testing.assert_close(out, wanted[0])
@@ -36,6 +40,7 @@ def test_products_are_those_of_autograd():
     kernel.accumulate(2)
     for ours, wanted_ in zip(kernel.gradients(), total, strict=True):
         torch.testing.assert_close(ours, wanted_)
+    assert kernel.gradients() == (None,) * 4  # and forgotten
     assert all(param.grad is None for param in params)
 
 
@@ -157,9 +162,9 @@ class OwnKernel:
     def __call__(self, t, y):
         return y.clone()
 
-    def kernel(self, params, slots):
-        self.bound.append((tuple(params), slots))
-        return None if self.refuse else AutogradKernel(self, params, slots)
+    def kernel(self, params):
+        self.bound.append(tuple(params))
+        return None if self.refuse else AutogradKernel(self, params)
 
 
 def test_a_field_may_bring_its_own_kernel():
@@ -173,8 +178,8 @@ def test_a_field_may_bring_its_own_kernel():
 
 def test_a_field_may_leave_it_to_autograd():
     field = OwnKernel(refuse=True)
-    assert isinstance(bind(field, (), 1), AutogradKernel)
-    assert field.bound == [((), 1)]
+    assert isinstance(bind(field, ()), AutogradKernel)
+    assert field.bound == [()]
 
 
 def test_fields_with_dropout_see_the_mode_of_autograd():

@@ -88,7 +88,7 @@ def walk(
     y = torch.zeros(len(t1), 2, dtype=dtype)
     coef = coefficients(TABLEAUX[method], y.dtype, t1.dtype, y.device)
     tolerance = Tolerance(1e-3, 1e-6, None, max_steps)
-    kernel = AutogradKernel(rhs, (), 0)
+    kernel = AutogradKernel(rhs, ())
     return integrate(kernel, coef, controller, y, t0, t1, tolerance, observers)
 
 
@@ -112,7 +112,6 @@ def test_a_refused_step_moves_nothing():
     assert [step.moved for step in record.steps[2:]] == [None, None]
     assert [step.t.item() for step in record.steps] == [0, 0, 0, 0.125]
     assert [step.t1.item() for step in record.steps] == [0.25, 0.25, 0.125, 0.25]
-    assert [step.ordinal.item() for step in record.steps] == [0, 0, 0, 1]
     assert record.steps[2].y.tolist() == [[0, 0]]
     assert (stats.n_accepted.item(), stats.n_rejected.item()) == (2, 2)
     assert stats.nfe.item() == 1 + 4 * 6
@@ -215,7 +214,8 @@ def test_an_accepted_end_that_is_not_finite_is_no_success():
     assert stats.status.tolist() == [Status.NON_FINITE]
 
 
-def test_every_row_has_its_own_step_acceptance_and_memory():
+def test_every_row_has_its_own_step_acceptance_and_memory(monkeypatch):
+    monkeypatch.setattr("skode._engine.loop._WORTH_COMPACTING", 0)
     record = Record()
     controller = Halving(0.3)
     ends = [0.25, 1.0, 0.0, 2.0, -0.5, 4.0]
@@ -232,7 +232,9 @@ def test_every_row_has_its_own_step_acceptance_and_memory():
     assert record.steps[-1].rows.tolist() == [5]
 
 
-def test_observers_can_put_the_rows_together_again():
+@pytest.mark.parametrize("worth", [0, 1000], ids=["compacted", "carried along"])
+def test_observers_can_put_the_rows_together_again(worth, monkeypatch):
+    monkeypatch.setattr("skode._engine.loop._WORTH_COMPACTING", worth)
     record = Record()
     ends = torch.tensor([0.25, 1.0, 0.0, 2.0, -0.5, 4.0], dtype=torch.float64)
     y, stats = walk(
@@ -246,7 +248,6 @@ def test_observers_can_put_the_rows_together_again():
         rows = torch.arange(len(ends)) if step.rows is None else step.rows
         moved = torch.ones(len(rows)).bool() if step.moved is None else step.moved
         assert torch.equal(step.t, t[rows])
-        assert torch.equal(step.ordinal, count[rows])
         torch.testing.assert_close(step.y, states[rows], rtol=0, atol=1e-14)
         torch.testing.assert_close(step.k[0], step.t[:, None] + step.y)
         new = step.y + step.h[:, None] * torch.einsum("s,sad->ad", coef.b, step.k[:-1])
@@ -280,7 +281,7 @@ def march_rows(t1, step_size, max_steps=1000, rhs=one, observers=()):
     coef = coefficients(TABLEAUX["rk4"], y.dtype, t1.dtype, y.device)
     tolerance = Tolerance(1e-3, 1e-6, step_size, max_steps)
     return march(
-        AutogradKernel(rhs, (), 0),
+        AutogradKernel(rhs, ()),
         coef,
         y,
         torch.zeros_like(t1),
@@ -304,7 +305,6 @@ def test_marching_divides_every_span_evenly():
             step for step in record.steps if step.moved is None or bool(step.moved[row])
         ]
         assert len(mine) == steps
-        assert [step.ordinal[row].item() for step in mine] == list(range(steps))
         for step in mine:
             assert step.h[row].item() == pytest.approx(end / steps, rel=1e-12)
 

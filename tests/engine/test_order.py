@@ -31,10 +31,10 @@ def march_evenly(problem, tableau, n, times=None):
     coef = coefficients(tableau, y0.dtype, y0.dtype, y0.device)
     dense = None
     if times is not None:
-        dense = DenseOutput(Requests.of(times), y0, coef)
+        dense = DenseOutput(Requests(times), y0, coef)
     tolerance = Tolerance(1e-3, 1e-6, (problem.span[1] - problem.span[0]) / n, 10_000)
     y1, stats = march(
-        AutogradKernel(problem.field, (), 0),
+        AutogradKernel(problem.field, ()),
         coef,
         y0,
         ends[:, 0],
@@ -105,9 +105,9 @@ def test_a_single_step_is_interpolated_with_the_local_order(name):
         y0 = CUBIC.y0()
         times = torch.linspace(0.0, h, 9, dtype=torch.float64).repeat(len(y0), 1)
         coef = coefficients(tableau, y0.dtype, y0.dtype, y0.device)
-        dense = DenseOutput(Requests.of(times), y0, coef)
+        dense = DenseOutput(Requests(times), y0, coef)
         march(
-            AutogradKernel(CUBIC.field, (), 0),
+            AutogradKernel(CUBIC.field, ()),
             coef,
             y0,
             times[:, 0],

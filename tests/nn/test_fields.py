@@ -24,28 +24,52 @@ def close(ours, wanted):
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
 
 
+def no_ahead(monkeypatch):
+    """Have biases shifted slot by slot, as on many rows."""
+    monkeypatch.setattr("skode._nn.fields._MOST_AHEAD", 0)
+
+
 @each_field
 @each_depth
-def test_the_kernel_agrees_with_autograd(activation, hidden):
+@pytest.mark.parametrize("at_once", [False, True], ids=["each", "all"])
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "direct"])
+@torch.no_grad()
+def test_the_kernel_agrees_with_autograd(
+    activation, hidden, at_once, ahead, monkeypatch
+):
+    if not ahead:
+        no_ahead(monkeypatch)
     field = field_of(hidden, activation)
     params = tuple(field.parameters())
-    fused, plain = field.kernel(params, SLOTS), AutogradKernel(field, params, SLOTS)
+    fused, plain = field.kernel(params), AutogradKernel(field, params)
     # Fewer rows than before, then more: the fused kernel reuses its memory.
-    for round_, rows in enumerate([4, 2, 5]):
+    for round_, rows in enumerate([4, 4, 2, 5]):
+        times = normal(SLOTS, rows, seed=round_)
+        y = 2 * normal(SLOTS, rows, 3, seed=100 + round_)
+        v = normal(SLOTS, rows, 3, seed=200 + round_)
+        ours, wanted = torch.empty_like(y), torch.empty_like(y)
+        for kernel, out in ((fused, ours), (plain, wanted)):
+            kernel.begin(times)
+            for slot in range(SLOTS):
+                kernel.evaluate(slot, y[slot], out[slot])
+        close(ours, wanted)
+        close(ours, torch.stack([field(t, y) for t, y in zip(times, y, strict=True)]))
+        for kernel, out in ((fused, ours), (plain, wanted)):
+            states, cotangents = kernel.begin_linear(times, 3)
+            states.copy_(y)
+            cotangents.copy_(v)
+            out.zero_()
+            if at_once:
+                kernel.linearize_all()
+            for slot in range(SLOTS):
+                if not at_once:
+                    kernel.linearize(slot, out[slot])
+        close(ours, wanted)
         for slot in range(SLOTS):
-            seed = 10 * round_ + slot
-            t, y = normal(rows, seed=seed), 2 * normal(rows, 3, seed=100 + seed)
-            v = normal(rows, 3, seed=200 + seed)
-            for name in ("evaluate", "linearize"):
-                ours, wanted = torch.empty_like(y), torch.empty_like(y)
-                getattr(fused, name)(slot, t, y, ours)
-                getattr(plain, name)(slot, t, y, wanted)
-                close(ours, wanted)
-                close(ours, field(t, y).detach())
-            fused.pull(slot, v, ours)
-            plain.pull(slot, v, wanted)
-            close(ours, wanted)
+            fused.pull(slot, ours[slot])
+            plain.pull(slot, wanted[slot])
             close(fused.pull_time(slot), plain.pull_time(slot))
+        close(ours, wanted)
         fused.accumulate(SLOTS)
         plain.accumulate(SLOTS)
     for ours, wanted, param in zip(
@@ -55,16 +79,20 @@ def test_the_kernel_agrees_with_autograd(activation, hidden):
         close(ours, wanted)
 
 
+@torch.no_grad()
 def test_only_the_slots_asked_for_are_summed():
     field = field_of((6,), "tanh")
     params = tuple(field.parameters())
     sums = []
     for used in (1, 2):
-        kernel = field.kernel(params, SLOTS)
+        kernel = field.kernel(params)
+        times = normal(SLOTS, 4, seed=0)
+        states, cotangents = kernel.begin_linear(times, 3)
+        states.copy_(normal(SLOTS, 4, 3, seed=1))
+        cotangents.copy_(normal(SLOTS, 4, 3, seed=2))
+        kernel.linearize_all()
         for slot in range(used):
-            out = torch.empty(4, 3, dtype=torch.float64)
-            kernel.linearize(slot, normal(4, seed=slot), normal(4, 3, seed=slot), out)
-            kernel.pull(slot, normal(4, 3, seed=9 + slot), out)
+            kernel.pull(slot, torch.empty(4, 3, dtype=torch.float64))
         kernel.accumulate(1)
         sums.append(kernel.gradients())
     for one, other in zip(*sums, strict=True):
@@ -73,17 +101,17 @@ def test_only_the_slots_asked_for_are_summed():
 
 def test_a_kernel_that_pulled_nothing_has_no_gradient():
     field = field_of((6,), "tanh")
-    kernel = field.kernel(tuple(field.parameters()), SLOTS)
+    kernel = field.kernel(tuple(field.parameters()))
     assert kernel.gradients() == (None,) * 6
 
 
 def test_other_parameters_get_the_kernel_of_autograd():
     field, other = field_of((6,), "tanh"), field_of((6,), "tanh", seed=1)
     own = tuple(field.parameters())
-    assert isinstance(bind(field, own, SLOTS), MLPKernel)
-    assert isinstance(bind(field, (), SLOTS), MLPKernel)
-    assert isinstance(bind(field, own[:-1], SLOTS), AutogradKernel)
-    assert isinstance(bind(field, tuple(other.parameters()), SLOTS), AutogradKernel)
+    assert isinstance(bind(field, own), MLPKernel)
+    assert isinstance(bind(field, ()), MLPKernel)
+    assert isinstance(bind(field, own[:-1]), AutogradKernel)
+    assert isinstance(bind(field, tuple(other.parameters())), AutogradKernel)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from skode._nn.ode_net import Integration, Standardizer, ZeroAugment, build
+from skode._nn.ode_net import Integration, ZeroAugment, build
 from skode.exceptions import SolverError
 from tests.problems import normal
 from tests.tables import Still
@@ -13,13 +13,10 @@ HOW = Integration("dopri5", 1e-6, 1e-6, None, 1000, "auto")
 
 
 def net(encoder="linear", width=5, hidden=(6,), field=None, seed=0):
-    scaler = Standardizer(
-        torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([2.0, 1.0, 4.0]).double()
-    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build(
-            scaler,
+            3,
             2,
             encoder=encoder,
             width=width,
@@ -37,10 +34,7 @@ def test_without_a_field_it_is_the_head_of_the_encoder(encoder, method):
     for model in (net(encoder), net(encoder, field=Still)):
         for param in model.field.parameters():
             param.data.zero_()
-        wanted = model.head(
-            model.encoder((x - model.scaler.shift) / model.scaler.scale)
-        )
-        assert torch.equal(model(x, how), wanted)
+        assert torch.equal(model(x, how), model.head(model.encoder(x)))
 
 
 def test_a_linear_field_is_a_matrix_exponential():
@@ -48,7 +42,7 @@ def test_a_linear_field_is_a_matrix_exponential():
     for part in (*model.field.biases, *model.field.shifts):
         part.data.zero_()
     x = normal(7, 3, seed=0)
-    start = model.encoder(model.scaler(x))
+    start = model.encoder(x)
     wanted = start @ torch.matrix_exp(model.field.weights[0]).T
     torch.testing.assert_close(model.final_state(x, HOW), wanted, rtol=1e-5, atol=1e-5)
 
@@ -58,7 +52,7 @@ def test_the_trajectory_begins_at_the_encoder_and_ends_at_the_final_state():
     times = torch.tensor([0.0, 0.5, 1.0]).double()
     states = model.trajectory(x, times, HOW)
     assert states.shape == (7, 3, 5)
-    assert torch.equal(states[:, 0], model.encoder(model.scaler(x)))
+    assert torch.equal(states[:, 0], model.encoder(x))
     torch.testing.assert_close(states[:, -1], model.final_state(x, HOW))
     assert torch.equal(model(x, HOW), model.head(model.final_state(x, HOW)))
 
@@ -76,7 +70,6 @@ def test_everything_is_trained():
     model, x = net(), normal(7, 3, seed=0)
     model(x, HOW).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-    assert not model.scaler.shift.requires_grad
 
 
 def test_augmentation_appends_zeros():
