@@ -113,7 +113,6 @@ class PIController:
         # h^q = 0.1 / (e |y'| r^(q - 1)), r being 1 / wavelength.
         first = (speed * wavelength).pow_(-1.0 / self.order).mul_(wavelength)
         first.mul_((0.1 / self.error_constant) ** (1.0 / self.order))
-        first = torch.minimum(first, probe.mul_(100.0))
         # A probe that leaves the domain of the field (NaN) asks for a small step.
         first = torch.fmax(first, near.mul_(1e-6))
         return first.to(t.dtype), 1
