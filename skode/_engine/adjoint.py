@@ -16,6 +16,7 @@ The gradient is that of the exact solution up to rtol and atol, not the exact gr
 of the computed one. B rows, A of them stepping, T times, D state, S stages.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,20 +26,28 @@ from torch.autograd.function import once_differentiable
 from skode._engine.kernel import Kernel
 from skode._engine.observer import Step
 from skode._engine.plan import Plan
-from skode._engine.solution import Solution
+from skode._engine.solution import Solution, Statistics
 from skode._engine.step import stage_times
 from skode._engine.tableau import Coefficients
 from skode.exceptions import SolverError
 
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, Statistics]]
+"""y0 (B, D), times (B, T) -> states (B, T, D) and statistics."""
+
 
 class Adjoint(torch.autograd.Function):
-    """Solve; keep the requested states; solve [y, a] backwards between them."""
+    """Solve by any means; keep the requested states; solve [y, a] back between them."""
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, y0: Tensor, times: Tensor, *params: Tensor
+        ctx: Any,
+        forward: Forward,
+        plan: Plan,
+        y0: Tensor,
+        times: Tensor,
+        *params: Tensor,
     ) -> tuple[Tensor, ...]:
-        ys, stats, _ = plan.forward(y0, times)
+        ys, stats = forward(y0, times)
         ctx.plan = plan
         ctx.save_for_backward(ys, times, *params)
         extras = (
@@ -58,9 +67,9 @@ class Adjoint(torch.autograd.Function):
         plan: Plan = ctx.plan
         backwards = _Backwards(plan, ys, times, grad)
         grad_y0 = backwards.run()
-        grad_times = backwards.times(grad_y0) if ctx.needs_input_grad[2] else None
+        grad_times = backwards.times(grad_y0) if ctx.needs_input_grad[3] else None
         grad_y0 = grad_y0 + grad[:, 0]
-        return None, grad_y0, grad_times, *backwards.quadrature.gradients()
+        return None, None, grad_y0, grad_times, *backwards.quadrature.gradients()
 
 
 class _Augmented:

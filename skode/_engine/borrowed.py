@@ -6,20 +6,16 @@ explicit grid, one group of rows with equal times at a time. B rows, T times, D 
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torchdiffeq import odeint, odeint_adjoint
+from torchdiffeq import odeint
 
 from skode._engine.kernel import Field, checked
-from skode._engine.solution import Solution, Statistics, Status, Tolerance
-from skode.exceptions import SolverError
+from skode._engine.solution import Statistics, Status, Tolerance
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +28,7 @@ class Borrowed:
     alone: bool = True
     """Whether rows must be solved one at a time to be independent."""
     differentiable: bool = True
-    """Whether autograd can pass through it; if not, only its adjoint can."""
+    """Whether autograd can pass through it; if not, only the adjoint can."""
 
 
 def _scipy(name: str) -> Borrowed:
@@ -91,44 +87,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class _Adjoint(torch.autograd.Function):
-    """torchdiffeq's adjoint, quiet on its way back, and with our error."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        solve: Callable[[Tensor, Tensor], Tensor],
-        y0: Tensor,
-        times: Tensor,
-        *params: Tensor,
-    ) -> Tensor:
-        y = y0.detach().requires_grad_(y0.requires_grad)
-        t = times.detach().requires_grad_(times.requires_grad)
-        with torch.enable_grad():
-            ys = solve(y, t)
-        ctx.graph = ys, (y, t, *params)
-        return ys.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ys, inputs = ctx.graph
-        wanted = [x for x in inputs if x.requires_grad]
-        try:
-            with _quiet():
-                grads = torch.autograd.grad(
-                    ys, wanted, grad, retain_graph=True, allow_unused=True
-                )
-        except _TooManyEvaluations as error:
-            raise SolverError(
-                "The adjoint, solved backwards in time, reached max_steps.",
-                remedy="Raise max_steps, or loosen rtol and atol.",
-                status=Status.MAX_STEPS.name,
-            ) from error
-        found = iter(grads)
-        return None, *(next(found) if x.requires_grad else None for x in inputs)
-
-
 @dataclass(frozen=True, slots=True)
 class Loan:
     """A borrowed solve."""
@@ -136,10 +94,8 @@ class Loan:
     field: Field
     borrowed: Borrowed
     tolerance: Tolerance
-    params: tuple[Tensor, ...]
-    gradient: str
 
-    def run(self, y0: Tensor, times: Tensor) -> Solution:
+    def run(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
         """Solve groups of rows; return states (B, T, D) with autograd's history."""
         batch = len(times)
         parts, order = [], []
@@ -158,7 +114,7 @@ class Loan:
         # torchdiffeq does not tell its steps: what it spent is in `nfe`.
         unknown = torch.zeros_like(nfe)
         stats = Statistics(status, reached, unknown, unknown, nfe)
-        return Solution(ys, self._lost(stats, ys), self.tolerance)
+        return ys, self._lost(stats, ys)
 
     def _lost(self, stats: Statistics, ys: Tensor) -> Statistics:
         bad = ~torch.isfinite(ys.detach()).all(dim=(1, 2))
@@ -217,16 +173,7 @@ class Loan:
         }
         try:
             with _quiet():
-                if self.gradient == "adjoint":
-                    adjoint = partial(
-                        odeint_adjoint,
-                        counted,
-                        adjoint_params=self.params,
-                        **arguments,
-                    )
-                    ys = _Adjoint.apply(adjoint, y0, times, *self.params)  # type: ignore[no-untyped-call]
-                else:
-                    ys = odeint(counted, y0, times, **arguments)
+                ys = odeint(counted, y0, times, **arguments)
         except _TooManyEvaluations:
             return Status.MAX_STEPS, counted.t, None
         except AssertionError as error:

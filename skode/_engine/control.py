@@ -39,7 +39,7 @@ class ErrorNorm:
         root = math.sqrt(y.shape[1])
         # Where atol is nothing in this dtype, 0 / 0 must still be 0.
         atol = max(tolerance.atol * root, torch.finfo(y.dtype).tiny)
-        return cls(tolerance.rtol * root, y.new_tensor(atol))
+        return cls(tolerance.rtol * root, y.new_full((), atol))
 
     def scale(self, size: Tensor) -> Tensor:
         """Return atol + rtol * size, (A, D), for sizes of states; in place."""

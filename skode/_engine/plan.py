@@ -47,11 +47,10 @@ class Plan:
         controller = PIController.of(self.tolerance, y, coef.order, coef.error_constant)
         return integrate(kernel, coef, controller, y, t0, t1, self.tolerance, observers)
 
-    def forward(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics, Requests]:
+    def forward(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
         """Solve without autograd; return states at all times (B, T, D)."""
         requests, dense = self._dense(y0, times)
-        ys, stats = self._solve(y0, requests, dense, () if dense is None else (dense,))
-        return ys, stats, requests
+        return self._solve(y0, requests, dense, () if dense is None else (dense,))
 
     def record(
         self, y0: Tensor, times: Tensor

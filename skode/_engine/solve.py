@@ -66,7 +66,8 @@ def solve(
         solution; memory for one state per step. "adjoint": continuous adjoint, exact
         up to the tolerance; memory constant in the number of steps. "backprop":
         autograd through every operation. "auto": "checkpoint" for methods of our
-        own, "backprop" for torchdiffeq's, "adjoint" for SciPy's.
+        own, "backprop" for torchdiffeq's, "adjoint" for SciPy's. The adjoint of
+        those that are not our own is solved by "dopri5".
 
     Returns
     -------
@@ -87,21 +88,29 @@ def solve(
     params = tuple(params)
     if len(y0) == 0:
         return _nothing(y0, times, tolerance)
-    if isinstance(parsed, Borrowed):
-        chosen = _borrowed_gradient(method, parsed, gradient)
-        return Loan(field, parsed, tolerance, params, chosen).run(y0, times)
-    plan = Plan(field, parsed, tolerance, params)
     wanted = torch.is_grad_enabled() and any(
         x.requires_grad for x in (y0, times, *params)
     )
+    if isinstance(parsed, Borrowed):
+        forward = Loan(field, parsed, tolerance).run
+        adjoint = _borrowed_adjoint(method, parsed, gradient)
+        # Explicit steps with an error estimate suit the adjoint of any method.
+        plan = Plan(field, TABLEAUX["dopri5"], tolerance, params)
+    else:
+        plan = Plan(field, parsed, tolerance, params)
+        forward, adjoint = plan.forward, gradient == "adjoint"
     if not wanted:
         with torch.no_grad():
-            ys, stats, _ = plan.forward(y0.detach(), times.detach())
+            ys, stats = forward(y0.detach(), times.detach())
+    elif adjoint:
+        ys, *columns = Adjoint.apply(forward, plan, y0, times, *params)  # type: ignore[no-untyped-call]
+        stats = Statistics(*columns)
+    elif isinstance(parsed, Borrowed):
+        ys, stats = forward(y0, times)
     elif gradient == "backprop":
         ys, stats = backprop(plan, y0, times)
     else:
-        function = Adjoint if gradient == "adjoint" else Checkpoint
-        ys, *columns = function.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
+        ys, *columns = Checkpoint.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
     return Solution(ys, stats, tolerance)
 
@@ -129,16 +138,16 @@ def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
     return parsed
 
 
-def _borrowed_gradient(method: str, borrowed: Borrowed, gradient: str) -> str:
-    """Return torchdiffeq's name for how gradients pass its methods."""
+def _borrowed_adjoint(method: str, borrowed: Borrowed, gradient: str) -> bool:
+    """Return whether gradients pass by the adjoint, or by autograd."""
     if gradient == "auto":
-        return "backprop" if borrowed.differentiable else "adjoint"
+        return not borrowed.differentiable
     if not borrowed.differentiable and gradient != "adjoint":
         raise ValueError(
             f"{method!r} runs in SciPy, through which no gradient passes: use "
             f"gradient='adjoint' or 'auto', got {gradient!r}."
         )
-    return "adjoint" if gradient == "adjoint" else "backprop"
+    return gradient == "adjoint"
 
 
 def _parse_times(y0: Tensor, t: Tensor) -> Tensor:
