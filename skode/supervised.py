@@ -56,7 +56,7 @@ from skode._training import (
 
 __all__ = ["ODEClassifier", "ODERegressor"]
 
-_FULL_BATCH = 128
+_FULL_BATCH, _LARGEST_BATCH = 128, 512
 _HOLD_OUT_FROM = 1000
 
 
@@ -237,13 +237,13 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
     alpha : float, default=0.5
         Weight decay of matrices; biases are left alone.
     batch_size : int or "auto", default="auto"
-        Rows per step. "auto" takes all of a table of up to 128 rows; a sixteenth of
-        larger ones, but at least 64 and at most 512 rows.
-    learning_rate_init : float, default=1e-2
+        Rows per step. "auto" takes all of a table of up to 128 rows; an eighth of
+        larger ones, but at least 128 and at most 512 rows.
+    learning_rate_init : float, default=1.5e-2
         Learning rate at the plateau of its schedule: it rises over five epochs and
         falls to zero over the last third of `max_iter`, or once the loss has stopped
         improving.
-    max_iter : int, default=60
+    max_iter : int, default=40
         Epochs.
     tol : float, default=1e-4
         The loss, in standardised units, has stopped improving when its best value
@@ -345,8 +345,8 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         optimizer="adam",
         alpha=0.5,
         batch_size="auto",
-        learning_rate_init=1e-2,
-        max_iter=60,
+        learning_rate_init=1.5e-2,
+        max_iter=40,
         tol=1e-4,
         n_iter_no_change=20,
         early_stopping=False,
@@ -615,6 +615,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
                 outputs, codes, weight, sizes
             ),
             stratify=self.n_outputs_ == 1,
+            smallest_batch=128,
         )
 
 
@@ -664,8 +665,8 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
     alpha : float, default=0.02
         Weight decay of matrices; biases are left alone.
     batch_size : int or "auto", default="auto"
-        Rows per step. "auto" takes all of a table of up to 128 rows; a sixteenth of
-        larger ones, but at least 64 and at most 512 rows.
+        Rows per step. "auto" takes all of a table of up to 128 rows; an eighth of
+        larger ones, but at least 32 and at most 512 rows.
     learning_rate_init : float, default=1e-2
         Learning rate at the plateau of its schedule: it rises over five epochs and
         falls to zero over the last third of `max_iter`, or once the loss has stopped
@@ -960,6 +961,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
             n_outputs=self.n_outputs_ * (2 if self._gaussian else 1),
             score=_r2 if centred else None,
             stratify=False,
+            smallest_batch=32,
         )
 
 
@@ -973,6 +975,8 @@ class _Task:
     score: Callable | None
     """Arrays outputs, targets, weights -> float; None: minus the loss."""
     stratify: bool
+    smallest_batch: int
+    """Regression needs more steps on small tables than classification does."""
 
 
 def _fit(est, X, targets, weight, task, fresh):
@@ -994,7 +998,7 @@ def _fit(est, X, targets, weight, task, fresh):
                 est.module_,
                 _objective(est, data, task),
                 len(data.x),
-                _training(est, len(data.x)),
+                _training(est, len(data.x), task),
                 generator,
                 _validation(est, data, task) if hold_out else None,
                 history,
@@ -1024,7 +1028,7 @@ def _partial_fit(est, X, targets, weight, task, fresh):
             est.module_ = _new_net(est, X.shape[1], task, generator)
             _record(est, History())
         est.module_.to(device, data.x.dtype)
-        how = _training(est, len(data.x))
+        how = _training(est, len(data.x), task)
         if getattr(est, "_optimizer", None) is None:
             est._optimizer = make_optimizer(est.module_, how)
         # Loading moves its memory to where the weights are now, and to their dtype.
@@ -1181,10 +1185,10 @@ def _validation(est, data, task):
     return validate
 
 
-def _training(est, n_rows):
+def _training(est, n_rows, task):
     batch = est.batch_size
     if batch == "auto":
-        share = min(512, max(64, n_rows // 16))
+        share = min(_LARGEST_BATCH, max(task.smallest_batch, n_rows // 8))
         batch = n_rows if n_rows <= _FULL_BATCH else share
     return Training(
         max_iter=est.max_iter,
