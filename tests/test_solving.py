@@ -294,7 +294,7 @@ def test_a_rate_that_is_too_high_is_lowered(make, table):
 class Tiring(Spring):
     """A field that calls `weary` on being evaluated in training too often."""
 
-    calls, limit = 0, 100
+    calls, limit = 0, 60
 
     def forward(self, t, y):
         if self.training and torch.is_grad_enabled():

@@ -125,23 +125,23 @@ def integrate(
     kernel.begin(t0.to(y.dtype)[None])
     kernel.evaluate(0, y, work.slopes[0])
     h, nfe = controller.first(kernel, t0, y, work.slopes[0], t1 - t0)
-    walk = _Walk.start(y, t0, t1, h)
     norm = ErrorNorm.of(tolerance, y)
+    means = _Means(kernel, coef, controller, norm, work, tuple(observers))
+    walk = _Walk.start(y, t0, t1, h)
     arrivals = _Arrivals()
     alive = int(torch.count_nonzero(walk.left))  # host sync, once per solve
     for attempt in range(1, tolerance.max_steps + 1):
         if alive == 0:
             break
-        if _pays(walk.t.shape[0] - alive, walk.t.shape[0], attempt, y):
+        # Rows that need not move at all are none of a gradient's business.
+        if _pays(walk, alive) or (attempt == 1 and alive < len(t0)):
             arrivals.put(walk)
             keep = torch.nonzero(walk.left)[:, 0]
             slope = work.slopes[0].index_select(0, keep)
             walk = walk.take(keep)
             work.resize(len(keep))
             work.slopes[0].copy_(slope)
-        alive = _attempt(
-            kernel, coef, controller, norm, walk, work, observers, alive, attempt
-        )
+        alive = _attempt(means, walk, alive, attempt)
     if alive:
         stuck = walk.left > 0
         walk.end(stuck, tolerance.max_steps)
@@ -155,29 +155,33 @@ def _finite(y: Tensor) -> Tensor:
     return (y * 0).sum(dim=1) == 0
 
 
-def _pays(ended: int, rows: int, attempt: int, y: Tensor) -> bool:
+def _pays(walk: _Walk, alive: int) -> bool:
     """Return whether to leave ended rows behind; on a GPU they cost nothing."""
-    if attempt == 1:
-        return ended > 0  # rows that need not move are none of a gradient's business
-    saved = ended * y.shape[1]
-    return 4 * ended >= rows and saved >= _WORTH_COMPACTING and y.device.type == "cpu"
+    rows, dim = walk.y.shape
+    ended = rows - alive
+    saved = ended * dim
+    many = 4 * ended >= rows and saved >= _WORTH_COMPACTING
+    return many and walk.y.device.type == "cpu"
 
 
-def _attempt(
-    kernel: Evaluator,
-    coef: Coefficients,
-    controller: Controller,
-    norm: ErrorNorm,
-    walk: _Walk,
-    work: Workspace,
-    observers: Sequence[Observer],
-    alive: int,
-    attempt: int,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What every attempt of a solve uses."""
+
+    kernel: Evaluator
+    coef: Coefficients
+    controller: Controller
+    norm: ErrorNorm
+    work: Workspace
+    observers: tuple[Observer, ...]
+
+
+def _attempt(means: _Means, walk: _Walk, alive: int, attempt: int) -> int:
     """Try one step of every row, move those that are accepted; return who is left.
 
     Rows that have ended take steps of length 0.
     """
+    kernel, coef, work = means.kernel, means.coef, means.work
     t, y, left = walk.t, walk.y, walk.left
     # Two equal steps at the end rather than a long one and a sliver.
     last = walk.h * 1.01 >= left
@@ -189,8 +193,8 @@ def _attempt(
     y_next = end_of_step(coef, h_state, y, work)
     kernel.evaluate(coef.stages, y_next, work.slopes[-1])
     torch.mv(work.table, coef.b_err, out=work.flat_state)
-    ratio = norm.ratio(work.state.mul_(h_state), y, y_next)
-    accept, walk.h, walk.memory = controller.decide(ratio, size, walk.memory)
+    ratio = means.norm.ratio(work.state.mul_(h_state), y, y_next)
+    accept, walk.h, walk.memory = means.controller.decide(ratio, size, walk.memory)
 
     left_next = left - size
     t_next = torch.addcmul(walk.t1, walk.sign, left_next, value=-1.0)
@@ -201,7 +205,7 @@ def _attempt(
     if not all_moved or alive < t.shape[0]:
         live = left > 0
         moved = live if all_moved else accept & live
-    for observer in observers:
+    for observer in means.observers:
         observer.observe(Step(walk.rows, moved, t, t_next, h, y, work.k))
     if all_moved:
         walk.t, walk.left, walk.y = t_next, left_next, y_next
