@@ -78,8 +78,14 @@ class MLPKernel:
         depth = len(params) // 3
         self._weights, self._shifts = params[:depth], params[2 * depth :]
         self._widths = tuple(weight.shape[0] for weight in self._weights)
+        self._layers: list[_Layer] = [
+            (bias, shift, weight.T)
+            for weight, bias, shift in zip(
+                self._weights, params[depth : 2 * depth], self._shifts, strict=True
+            )
+        ]
         self._activation = _ACTIVATIONS[activation]
-        self._affine = _Affine(params[depth : 2 * depth], self._shifts, self._weights)
+        self._times: tuple[Tensor, ...] = ()
         self._hidden: list[Tensor] = []
         self._rows = -1  # of the hidden layers' memory
         self._memory: _Memory | None = None
@@ -87,20 +93,19 @@ class MLPKernel:
 
     def begin(self, times: Tensor) -> None:
         """Announce the times (n, A)."""
-        self._affine.begin(times)
+        self._times = times.unsqueeze(2).unbind()
 
     def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
         """Write f(t, y) to `out` and remember nothing."""
         if y.shape[0] != self._rows:
             self._rows = y.shape[0]
             self._hidden = [y.new_empty(self._rows, w) for w in self._widths[:-1]]
-        layer, apply, activate = 0, self._affine.apply, self._activation.in_place
-        for hidden in self._hidden:
-            apply(layer, slot, y, hidden)
+        time, activate = self._times[slot], self._activation.in_place
+        for layer, hidden in zip(self._layers, self._hidden, strict=False):
+            _affine(layer, time, y, hidden)
             activate(hidden)
             y = hidden
-            layer += 1
-        apply(layer, slot, y, out)
+        _affine(self._layers[-1], time, y, out)
 
     def begin_linear(self, times: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Begin; return where to write states and cotangents."""
@@ -116,26 +121,31 @@ class MLPKernel:
         memory = self._memory
         assert memory is not None, "linearize follows begin_linear"
         x, *values = memory.inputs.by_slot[slot]
-        slopes = memory.slopes[slot]
-        layer, apply, remember = 0, self._affine.apply, self._activation.remember
-        for value in values:
-            # The slope's memory holds the pre-activation until it is known.
-            slope = slopes[layer]
-            apply(layer, slot, x, slope)
-            remember(slope, value)
-            x = value
-            layer += 1
-        apply(layer, slot, x, out)
+        self._through(values, memory.slopes[slot], self._times[slot], x)
+        if values:
+            x = values[-1]
+        _affine(self._layers[-1], self._times[slot], x, out)
 
     def linearize_all(self) -> None:
-        """Remember the inputs of every layer in all slots, a layer at a time."""
+        """Remember the inputs of every layer, of all slots at once."""
         memory = self._memory
         assert memory is not None, "linearize_all follows begin_linear"
         x, *values = memory.inputs.matrices
-        slopes = memory.slope_matrices
-        for layer, value in enumerate(values):
-            self._affine.apply_all(layer, x, slopes[layer])
-            self._activation.remember(slopes[layer], value)
+        self._through(values, memory.slope_matrices, torch.cat(self._times), x)
+
+    def _through(
+        self,
+        values: Sequence[Tensor],
+        slopes: Sequence[Tensor],
+        time: Tensor,
+        x: Tensor,
+    ) -> None:
+        """Fill the hidden layers' values and slopes from the state x."""
+        remember = self._activation.remember
+        for layer, slope, value in zip(self._layers, slopes, values, strict=False):
+            # The slope's memory holds the pre-activation until it is known.
+            _affine(layer, time, x, slope)
+            remember(slope, value)
             x = value
 
     def pull(self, slot: int, out: Tensor) -> None:
@@ -195,62 +205,15 @@ class MLPKernel:
         )
 
 
-_MOST_AHEAD = 2**18
-"""Numbers in the biases of all slots of a layer; more of them leave the cache."""
+_Layer = tuple[Tensor, Tensor, Tensor]
+"""Bias, shift and transposed weight."""
 
 
-class _Affine:
-    """Layers x W + b + t u, at the times of every slot."""
-
-    def __init__(
-        self,
-        biases: Sequence[Tensor],
-        shifts: Sequence[Tensor],
-        weights: Sequence[Tensor],
-    ) -> None:
-        self._biases, self._shifts = biases, shifts
-        self._weights = [weight.T for weight in weights]
-        self._ahead: _Blocks | None = None
-        self._times: tuple[Tensor, ...] = ()
-
-    def begin(self, times: Tensor) -> None:
-        """Shift the biases by the times (n, A) of all slots at once, if they are few.
-
-        They make one operation of two in every layer of every slot.
-        """
-        wide = times.unsqueeze(2)
-        widest = max(bias.shape[0] for bias in self._biases)
-        if times.shape[0] == 1 or times.numel() * widest > _MOST_AHEAD:
-            self._times = wide.unbind()
-            self._ahead, self.apply = None, self._apply_at_once
-            return
-        if self._ahead is None or self._ahead.shape != times.shape:
-            self._ahead = _Blocks(times, [bias.shape[0] for bias in self._biases])
-            self.apply = self._apply_shifted
-        for bias, shift, block in zip(
-            self._biases, self._shifts, self._ahead.blocks, strict=True
-        ):
-            torch.addcmul(bias, wide, shift, out=block)
-
-    def _apply_shifted(self, layer: int, slot: int, x: Tensor, out: Tensor) -> None:
-        assert self._ahead is not None, "apply follows begin"
-        bias = self._ahead.by_slot[slot][layer]
-        torch.addmm(bias, x, self._weights[layer], out=out)
-
-    def _apply_at_once(self, layer: int, slot: int, x: Tensor, out: Tensor) -> None:
-        bias, shift = self._biases[layer], self._shifts[layer]
-        torch.addcmul(bias, self._times[slot], shift, out=out)
-        out.addmm_(x, self._weights[layer])
-
-    def apply_all(self, layer: int, x: Tensor, out: Tensor) -> None:
-        """Write the layer of all slots' rows (n A, fan-in) to `out`."""
-        if self._ahead is None:
-            bias, shift = self._biases[layer], self._shifts[layer]
-            torch.addcmul(bias, torch.cat(self._times), shift, out=out)
-            out.addmm_(x, self._weights[layer])
-        else:
-            bias = self._ahead.matrices[layer]
-            torch.addmm(bias, x, self._weights[layer], out=out)
+def _affine(layer: _Layer, time: Tensor, x: Tensor, out: Tensor) -> None:
+    """Write b + t u + x W to `out`, for times (rows, 1)."""
+    bias, shift, weight = layer
+    torch.addcmul(bias, time, shift, out=out)
+    out.addmm_(x, weight)
 
 
 class _Blocks:

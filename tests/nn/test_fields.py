@@ -24,21 +24,11 @@ def close(ours, wanted):
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
 
 
-def no_ahead(monkeypatch):
-    """Have biases shifted slot by slot, as on many rows."""
-    monkeypatch.setattr("skode._nn.fields._MOST_AHEAD", 0)
-
-
 @each_field
 @each_depth
 @pytest.mark.parametrize("at_once", [False, True], ids=["each", "all"])
-@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "direct"])
 @torch.no_grad()
-def test_the_kernel_agrees_with_autograd(
-    activation, hidden, at_once, ahead, monkeypatch
-):
-    if not ahead:
-        no_ahead(monkeypatch)
+def test_the_kernel_agrees_with_autograd(activation, hidden, at_once):
     field = field_of(hidden, activation)
     params = tuple(field.parameters())
     fused, plain = field.kernel(params), AutogradKernel(field, params)
