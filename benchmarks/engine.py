@@ -105,7 +105,7 @@ class Case:
 @torch.no_grad()
 def bare(field: MLPField, y: Tensor, n: int, steps: int) -> None:
     """Do the arithmetic of n evaluations and of the gradient of some steps."""
-    kernel = field.kernel(())
+    kernel = field.kernel(tuple(field.parameters()))
     times, out = y.new_zeros(STAGES, len(y)), torch.empty_like(y)
     for first in range(0, n, STAGES):
         kernel.begin(times)

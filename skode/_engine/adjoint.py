@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from skode._engine.checkpoint import require_first_order
 from skode._engine.kernel import Kernel
 from skode._engine.observer import Step
 from skode._engine.plan import Plan
@@ -50,25 +50,20 @@ class Adjoint(torch.autograd.Function):
         ys, stats = forward(y0, times)
         ctx.plan = plan
         ctx.save_for_backward(ys, times, *params)
-        extras = (
-            stats.status,
-            stats.t,
-            stats.n_accepted,
-            stats.n_rejected,
-            stats.nfe,
-        )
-        ctx.mark_non_differentiable(*extras)
-        return ys, *extras
+        columns = stats.columns()
+        ctx.mark_non_differentiable(*columns)
+        return ys, *columns
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        require_first_order("adjoint")
         ys, times, *_params = ctx.saved_tensors
         plan: Plan = ctx.plan
-        backwards = _Backwards(plan, ys, times, grad)
-        grad_y0 = backwards.run()
-        grad_times = backwards.times(grad_y0) if ctx.needs_input_grad[3] else None
-        grad_y0 = grad_y0 + grad[:, 0]
+        with torch.no_grad():
+            backwards = _Backwards(plan, ys, times, grad)
+            grad_y0 = backwards.run()
+            grad_times = backwards.times(grad_y0) if ctx.needs_input_grad[3] else None
+            grad_y0 = grad_y0 + grad[:, 0]
         return None, None, grad_y0, grad_times, *backwards.quadrature.gradients()
 
 
@@ -102,17 +97,23 @@ class _Quadrature:
 
     def observe(self, step: Step) -> None:
         """Add h b_i a_i . df/dtheta of all stages, as one slot of S A rows."""
-        coef, y = self._coef, step.y
-        dim = y.shape[1] // 2
+        coef, stages = self._coef, self._coef.stages
+        t, h, y, k = step.t, step.h, step.y, step.k[:stages]
         scale = self._scale if step.rows is None else self._scale[step.rows]
-        h = step.h.to(y.dtype)
+        if step.moved is not None:  # a refused step may have met NaN
+            keep = torch.nonzero(step.moved)[:, 0]
+            if len(keep) == 0:
+                return
+            t, h, y, scale = (x.index_select(0, keep) for x in (t, h, y, scale))
+            k = k.index_select(1, keep)
+        dim = y.shape[1] // 2
+        times = stage_times(coef, t, h, y.dtype)[:stages]
+        h = h.to(y.dtype)
+        k = k.reshape(stages, -1)
         # Backwards in time h is negative, and so is the sign of eq. 5.
-        weight = -h if step.moved is None else -h * step.moved
-        stages = coef.stages
-        k = step.k[:stages].reshape(stages, -1)
+        weight = -h
         state = y + h[:, None] * (coef.a_square @ k).view(stages, *y.shape)
         cotangent = state[:, :, dim:] * (coef.b[:, None] * (weight * scale))[:, :, None]
-        times = stage_times(coef, step.t, step.h, y.dtype)[:stages]
         states, cotangents = self._kernel.begin_linear(times.reshape(1, -1), dim)
         states.view_as(cotangent).copy_(state[:, :, :dim])
         cotangents.view_as(cotangent).copy_(cotangent)
@@ -134,16 +135,18 @@ class _Backwards:
         dim = ys.shape[2]
         scale = grad.abs().amax(dim=(1, 2))
         scale = torch.where(scale > 0, scale, 1.0)
-        kernel = _Augmented(self._plan.kernel(), dim)
+        kernel = _Augmented(self._plan.untrained_kernel(), dim)
         coef = self._plan.coefficients(ys, times)
         quadrature = _Quadrature(self.quadrature, coef, scale)
         a = torch.zeros_like(ys[:, 0])
         for i in range(times.shape[1] - 1, 0, -1):
             a = a + grad[:, i] / scale[:, None]
+            # Where nothing is asked there is nothing to solve, nor, maybe, a state.
+            asked = (a != 0).any(dim=1)
             z = torch.cat((ys[:, i], a), dim=1)
-            z, stats = self._plan.run(
-                kernel, z, times[:, i], times[:, i - 1], [quadrature]
-            )
+            z = torch.where(asked[:, None], z, 0.0)
+            end = torch.where(asked, times[:, i - 1], times[:, i])
+            z, stats = self._plan.run(kernel, z, times[:, i], end, [quadrature])
             self._require(Solution(z[:, None], stats, self._plan.tolerance))
             a = z[:, dim:]
         return a * scale[:, None]
@@ -168,4 +171,5 @@ class _Backwards:
         self.quadrature.evaluate(0, flat, slope)
         slope = slope.view(batch, count, dim)
         cotangent = torch.cat((-a[:, None], self._grad[:, 1:]), dim=1)
-        return (slope * cotangent).sum(dim=2).to(self._times.dtype)
+        product = torch.where(cotangent != 0, slope * cotangent, 0.0)
+        return product.sum(dim=2).to(self._times.dtype)

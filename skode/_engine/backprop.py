@@ -83,6 +83,7 @@ def _idle_times(field: Field, ys: Tensor, times: Tensor, requests: Requests) -> 
     for column, idle in zip((0, -1), requests.idle(), strict=True):
         if bool(idle.any()):
             at, y = requests.times[:, column].to(ys.dtype), ys[:, column].detach()
-            move = (times - times[:, column, None]).to(ys.dtype) * idle
-            ys = ys + move[:, :, None] * field(at, y).detach()[:, None]
+            slope = field(at, y).detach()[:, None]
+            move = (times - times[:, column, None]).to(ys.dtype)[:, :, None]
+            ys = ys + torch.where(idle[:, :, None], slope * move, 0.0)
     return ys

@@ -5,6 +5,7 @@ steps or iterations look at the state are run one row at a time; those on a fixe
 explicit grid, one group of rows with equal times at a time. B rows, T times, D state.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,10 +80,16 @@ class _Counted:
         return checked(self.field(t.to(y.dtype).expand(len(y)), y), y)
 
 
+_FILTERS = threading.RLock()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what SciPy says of an argument that torchdiffeq always passes."""
-    with warnings.catch_warnings():
+    """Silence what SciPy says of an argument that torchdiffeq always passes.
+
+    Filters belong to the process: one thread at a time may change them.
+    """
+    with _FILTERS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*have no effect.*min_step")
         yield
 

@@ -1,4 +1,4 @@
-"""Exact gradient of the discrete solution, from the states of its steps alone.
+"""Exact gradient of the discrete solution, from the states of its steps.
 
 One step maps (t, h, y) to y1 = y + h sum_i b_i k_i with k_i = f(t_i, Y_i),
 t_i = t + c_i h and Y_i = y + h sum_{j<i} a_ij k_j. Given the cotangent u of y1, run
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from skode._engine.dense import Events, Requests, powers, slopes_of_powers
 from skode._engine.kernel import Kernel
@@ -35,7 +34,7 @@ from skode._engine.step import (
     stage_times,
 )
 from skode._engine.tableau import Coefficients
-from skode._engine.tape import Taken, Tape
+from skode._engine.tape import Taken, Tape, flat, unflat
 
 
 class Checkpoint(torch.autograd.Function):
@@ -45,28 +44,38 @@ class Checkpoint(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, y0: Tensor, times: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
-        ys, stats, requests, tape = plan.record(y0, times)
-        ctx.plan, ctx.requests, ctx.tape = plan, requests, tape
-        ctx.save_for_backward(y0, ys[:, -1].clone(), *params)
-        extras = (
-            stats.status,
-            stats.t,
-            stats.n_accepted,
-            stats.n_rejected,
-            stats.nfe,
-        )
-        ctx.mark_non_differentiable(*extras)
-        return ys, *extras
+        ys, stats, _, tape = plan.record(y0, times)
+        ctx.plan, ctx.steps = plan, len(tape)
+        ctx.save_for_backward(y0, ys[:, -1].clone(), times, *flat(tape), *params)
+        columns = stats.columns()
+        ctx.mark_non_differentiable(*columns)
+        return ys, *columns
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        y0, y1, *_params = ctx.saved_tensors
-        needs_times = ctx.needs_input_grad[2]
-        reverse = _Reverse(ctx.plan, ctx.tape, ctx.requests, grad, needs_times)
-        grad_y0 = reverse.run(y0)
-        grad_times = reverse.times(y0, y1) if needs_times else None
+        require_first_order("checkpoint")
+        y0, y1, times, *rest = ctx.saved_tensors
+        tape, needs_times = unflat(rest, ctx.steps), ctx.needs_input_grad[2]
+        with torch.no_grad():
+            reverse = _Reverse(ctx.plan, tape, Requests(times), grad, needs_times)
+            grad_y0 = reverse.run(y0)
+            grad_times = reverse.times(y0, y1) if needs_times else None
         return None, grad_y0, grad_times, *reverse.kernel.gradients()
+
+
+def require_first_order(name: str) -> None:
+    """Refuse to be differentiated again: the second derivative would be incomplete.
+
+    Raises
+    ------
+    RuntimeError
+        If autograd records the backward pass.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"gradient={name!r} has no second derivative: solve with "
+            "gradient='backprop' where create_graph=True is needed."
+        )
 
 
 class _Reverse:
@@ -107,7 +116,8 @@ class _Reverse:
                 slope = torch.empty_like(y)
                 self.kernel.begin(times[:, column].to(y.dtype)[None])
                 self.kernel.evaluate(0, y, slope)
-                moved = torch.einsum("btd,bd->bt", self._grad, slope) * idle
+                moved = torch.einsum("btd,bd->bt", self._grad, slope)
+                moved = torch.where(idle, moved, 0.0)
                 self._grad_t += moved
                 self._grad_t[:, column] -= moved.sum(dim=1)
         return self._grad_t
@@ -139,12 +149,12 @@ class _Reverse:
             if extra is not None:
                 v += extra[i]
             kernel.pull(i, pulls.slopes[i])
-        kernel.accumulate(used)
         torch.sum(pulls.k, dim=0, out=u)
         if inside is not None:
             u.index_add_(0, inside.position, inside.grad)
         if self._timed:
             self._time_gradient(taken, cotangents, inside)
+        kernel.accumulate(used)
 
     def _linearize(self, taken: Taken, h: Tensor, used: int) -> Tensor:
         """Have the kernel remember the first stages; return the cotangents' memory."""

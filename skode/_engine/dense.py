@@ -25,6 +25,12 @@ class Events:
     index: Tensor
     """Which of its requested times."""
 
+    def only(self, keep: Tensor) -> "Events":
+        """Return those of some of the A rows (indices, ascending)."""
+        stay = torch.isin(self.position, keep)
+        position = torch.searchsorted(keep, self.position[stay])
+        return Events(position, self.row[stay], self.index[stay])
+
 
 @dataclass(frozen=True)
 class Requests:
@@ -131,9 +137,7 @@ class DenseOutput:
 
     def write(self, step: Step) -> Events | None:
         """Write what was requested inside a step, and tell what that was."""
-        rows = step.rows
-        if rows is None:
-            rows = torch.arange(len(step.t), device=step.t.device)
+        rows = slice(None) if step.rows is None else step.rows
         end = (step.t1 * self._sign[rows, 0])[:, None]
         passed = torch.searchsorted(self._ascending[rows], end, right=True)[:, 0]
         passed = torch.minimum(passed, self._stop[rows])
@@ -146,7 +150,7 @@ class DenseOutput:
             return None
         local = torch.repeat_interleave(due, output_size=total)
         offset = torch.arange(total, device=due.device) - (due.cumsum(0) - due)[local]
-        row = rows[local]
+        row = local if step.rows is None else step.rows[local]
         index = self._next[row] + offset
         h = step.h[local]
         theta = ((self._times[row, index] - step.t[local]) / h).to(self.ys.dtype)

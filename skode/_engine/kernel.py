@@ -30,6 +30,9 @@ class Evaluator(Protocol):
 class Kernel(Evaluator, Protocol):
     """A field and its vector-Jacobian products."""
 
+    bounded: bool
+    """Whether derivatives are finite wherever values are: 0 times them is 0."""
+
     def begin_linear(self, times: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Begin; return memory (n, A, D) for the states and cotangents of the slots.
 
@@ -66,6 +69,8 @@ class HasKernel(Protocol):
 
 class AutogradKernel:
     """The kernel of any callable field, by autograd."""
+
+    bounded = False
 
     def __init__(self, field: Field, params: Sequence[Tensor]) -> None:
         self._field = field
@@ -138,6 +143,7 @@ class AutogradKernel:
                 if gradient is not None:
                     total = self._sums[i]
                     self._sums[i] = gradient if total is None else total + gradient
+        self._pulled.clear()
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         sums, self._sums = self._sums, [None] * len(self._params)

@@ -4,7 +4,7 @@ Every row has its own time, step size, acceptance and status.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -256,16 +256,21 @@ def march(
     Each row divides its own span evenly, so that no row ends in a sliver and the
     solution is a smooth function of the times.
     """
-    work = Workspace(coef, y)
-    span = t1 - t0
     step_size = tolerance.step_size
     assert step_size is not None, "checked at the door"
+    span = t1 - t0
     # A quotient that exceeds an integer by rounding alone asks for no further step.
-    steps = torch.ceil(span.abs() / step_size * (1 - 4 * torch.finfo(t0.dtype).eps))
-    steps = steps.to(torch.int64).clamp(min=1).masked_fill(span == 0, 0)
+    whole_steps = span.abs() / step_size * (1 - 4 * torch.finfo(t0.dtype).eps)
+    whole_steps = torch.ceil(whole_steps).clamp_(min=1).masked_fill_(span == 0, 0)
+    idle = whole_steps == 0
+    if bool(idle.any()):  # host sync, once per solve
+        return _march_some(kernel, coef, y, t0, t1, tolerance, observers, ~idle)
+    # More steps than are allowed are as good as one more.
+    steps = whole_steps.clamp(max=tolerance.max_steps + 1.0).to(torch.int64)
     total, equal = int(steps.max()), bool((steps == steps[0]).all())  # once per solve
     taken = steps.clamp(max=tolerance.max_steps)
-    whole = span / steps.clamp(min=1)
+    whole = span / whole_steps
+    work = Workspace(coef, y)
     reached = torch.zeros_like(steps)
     finite = torch.ones_like(span, dtype=torch.bool)
     kernel.begin(t0.to(y.dtype)[None])
@@ -295,5 +300,45 @@ def march(
     t = torch.where(reached == steps, t1, t0 + whole * reached)
     nfe = taken * coef.stages + 1
     if not observers:  # nobody asked for the slope at t1
-        nfe = nfe - ((taken == steps) & (steps > 0)).to(nfe.dtype)
+        nfe = nfe - (taken == steps).to(nfe.dtype)
     return y, Statistics(status, t, taken, torch.zeros_like(taken), nfe)
+
+
+def _march_some(
+    kernel: Evaluator,
+    coef: Coefficients,
+    y: Tensor,
+    t0: Tensor,
+    t1: Tensor,
+    tolerance: Tolerance,
+    observers: Sequence[Observer],
+    going: Tensor,
+) -> tuple[Tensor, Statistics]:
+    """March the rows that have a way to go; the others stay where they are."""
+    none = torch.zeros_like(t0, dtype=torch.int64)
+    status = torch.where(_finite(y), int(Status.SUCCESS), int(Status.NON_FINITE))
+    stats = Statistics(
+        status.to(torch.int8), t1.clone(), none, none.clone(), none.clone()
+    )
+    keep = torch.nonzero(going)[:, 0]
+    if len(keep) == 0:
+        return y, stats
+    told = [_Renamed(observer, keep) for observer in observers]
+    start, t0, t1 = (x.index_select(0, keep) for x in (y, t0, t1))
+    y1, part = march(kernel, coef, start, t0, t1, tolerance, told)
+    for whole, column in zip(stats.columns(), part.columns(), strict=True):
+        whole[keep] = column.to(whole.dtype)
+    return y.index_copy(0, keep, y1), stats
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """An observer that is told of some rows under their numbers in the batch."""
+
+    observer: Observer
+    rows: Tensor
+
+    def observe(self, step: Step) -> None:
+        """Pass the step on."""
+        assert step.rows is None, "marching rows are never left behind"
+        self.observer.observe(replace(step, rows=self.rows))

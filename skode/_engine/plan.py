@@ -32,6 +32,10 @@ class Plan:
         """Bind the field for one pass."""
         return bind(self.field, self.params)
 
+    def untrained_kernel(self) -> Kernel:
+        """Bind the field for a pass that asks for no parameter's gradient."""
+        return bind(self.field, ())
+
     def run(
         self,
         kernel: Evaluator,
@@ -50,16 +54,21 @@ class Plan:
     def forward(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
         """Solve without autograd; return states at all times (B, T, D)."""
         requests, dense = self._dense(y0, times)
-        return self._solve(y0, requests, dense, () if dense is None else (dense,))
+        observers = () if dense is None else (dense,)
+        ys, stats, _ = self._solve(
+            self.untrained_kernel(), y0, requests, dense, observers
+        )
+        return ys, stats
 
     def record(
         self, y0: Tensor, times: Tensor
     ) -> tuple[Tensor, Statistics, Requests, Tape]:
         """Solve without autograd, and record the steps."""
         requests, dense = self._dense(y0, times)
-        recorder = Recorder(dense)
-        ys, stats = self._solve(y0, requests, dense, (recorder,))
-        return ys, stats, requests, recorder.tape()
+        kernel = self.untrained_kernel()
+        recorder = Recorder(dense, kernel.bounded)
+        ys, stats, y1 = self._solve(kernel, y0, requests, dense, (recorder,))
+        return ys, stats, requests, recorder.tape(stats.status, y1)
 
     def _dense(self, y0: Tensor, times: Tensor) -> tuple[Requests, DenseOutput | None]:
         requests = Requests(times)
@@ -69,13 +78,15 @@ class Plan:
 
     def _solve(
         self,
+        kernel: Evaluator,
         y0: Tensor,
         requests: Requests,
         dense: DenseOutput | None,
         observers: Sequence[Observer],
-    ) -> tuple[Tensor, Statistics]:
+    ) -> tuple[Tensor, Statistics, Tensor]:
+        """Return states at all times, statistics, and the last state reached."""
         times = requests.times
-        kernel = self.kernel()
         y1, stats = self.run(kernel, y0, times[:, 0], times[:, -1], observers)
-        y1 = y1.masked_fill((stats.status != 0)[:, None], float("nan"))
-        return requests.fill(y0, y1, None if dense is None else dense.ys), stats
+        shown = y1.masked_fill((stats.status != 0)[:, None], float("nan"))
+        ys = requests.fill(y0, shown, None if dense is None else dense.ys)
+        return ys, stats, y1

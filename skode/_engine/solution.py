@@ -32,13 +32,14 @@ _REMEDY = {
     ),
     Status.STEP_UNDERFLOW: (
         "The field is stiff, discontinuous or blows up there: loosen rtol and atol "
-        "(now {rtol:g} and {atol:g}), use float64, or shorten the time span."
+        "(now {rtol:g} and {atol:g}), or compute in float64 if you do not yet."
     ),
     Status.NON_FINITE: (
-        "The state grows without bound or the field returns NaN: standardise the "
-        "input, shorten the time span, or lower the learning rate if it is trained."
+        "The state grows without bound, or the field returns NaN or infinity there: "
+        "look at these rows and at the field."
     ),
 }
+_FIXED_STEPS = "Raise max_steps, or take longer steps: step_size is {step_size:g}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,10 @@ class Statistics:
     nfe: Tensor
     """Evaluations of the field."""
 
+    def columns(self) -> tuple[Tensor, ...]:
+        """Return all of them, as the constructor takes them."""
+        return self.status, self.t, self.n_accepted, self.n_rejected, self.nfe
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -87,6 +92,7 @@ class Solution:
     """(B, T, D); NaN at times that a row did not reach."""
     stats: Statistics
     tolerance: Tolerance
+    fixed_step: bool = False
 
     @property
     def y1(self) -> Tensor:
@@ -104,12 +110,16 @@ class Solution:
             "rtol": self.tolerance.rtol,
             "atol": self.tolerance.atol,
             "max_steps": self.tolerance.max_steps,
+            "step_size": self.tolerance.step_size,
         }
+        remedy = _REMEDY[worst]
+        if self.fixed_step and worst == Status.MAX_STEPS:
+            remedy = _FIXED_STEPS
         raise SolverError(
             _REASON[worst].format(**settings),
             rows=rows.tolist(),
             n_rows=len(failed),
             t=self.stats.t[rows].tolist(),
-            remedy=_REMEDY[worst].format(**settings),
+            remedy=remedy.format(**settings),
             status=worst.name,
         )

@@ -63,11 +63,14 @@ def solve(
         Attempts a row may take; then its status is `MAX_STEPS`.
     gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
         How gradients pass the solve. "checkpoint": exact gradient of the computed
-        solution; memory for one state per step. "adjoint": continuous adjoint, exact
-        up to the tolerance; memory constant in the number of steps. "backprop":
-        autograd through every operation. "auto": "checkpoint" for methods of our
-        own, "backprop" for torchdiffeq's, "adjoint" for SciPy's. The adjoint of
-        those that are not our own is solved by "dopri5".
+        solution; memory for one state per step, and for the stages of small steps
+        (two million numbers at most). "adjoint": continuous adjoint, exact up to the
+        tolerance; memory constant in the number of steps. "backprop": autograd
+        through every operation; the only one that can be differentiated again.
+        "auto": "checkpoint" for methods of our own, "backprop" for torchdiffeq's,
+        "adjoint" for SciPy's. The adjoint of those that are not our own is solved by
+        "dopri5". Where autograd passes through torchdiffeq, the first of several
+        equal times has all of their gradient.
 
     Returns
     -------
@@ -112,7 +115,7 @@ def solve(
     else:
         ys, *columns = Checkpoint.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
-    return Solution(ys, stats, tolerance)
+    return Solution(ys, stats, tolerance, fixed_step=method in FIXED_STEP)
 
 
 def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:

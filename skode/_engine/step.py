@@ -1,7 +1,7 @@
 """One Runge-Kutta step of every row. S stages, B rows, D state.
 
-`fill_stages` is what the loop runs: no autograd, nothing allocated but y1.
-`differentiable_step` is its plain twin.
+`fill_stages` and `end_of_step` are what the loop runs: no autograd, nothing allocated
+but y1. `differentiable_step` is their plain twin.
 """
 
 from functools import cached_property

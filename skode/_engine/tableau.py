@@ -100,21 +100,26 @@ def coefficients(
     """Cast a tableau to tensors."""
 
     def cast(values: Sequence[object]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).to(device, dtype)
+        # Kept for later solves, which may need autograd if this one does not.
+        with torch.inference_mode(False):
+            return torch.tensor(values, dtype=torch.float64).to(device, dtype)
 
     n = tableau.stages
     square = [[*row, *[0.0] * (n - len(row))] for row in tableau.a]
     fed = [[*(square[j][i] for j in range(i + 1, n)), tableau.b[i]] for i in range(n)]
+    with torch.inference_mode(False):
+        nodes = cast([*tableau.c, 1.0]).to(time_dtype)[:, None]
+        dense = cast(tableau.dense).T.contiguous()
     return Coefficients(
         order=tableau.order,
         stages=n,
-        c=cast([*tableau.c, 1.0]).to(time_dtype)[:, None],
+        c=nodes,
         a=tuple(cast(row) for row in tableau.a),
         a_next=tuple(cast(row) for row in fed),
         a_square=cast(square),
         b=cast(tableau.b),
         b_err=cast(tableau.b_err),
-        dense=cast(tableau.dense).T.contiguous(),
+        dense=dense,
         error_constant=tableau.error_constant,
     )
 

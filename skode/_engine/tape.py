@@ -4,6 +4,7 @@ B rows, A of them in a step, D state, E requested times inside it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,8 +39,8 @@ class Taken:
     def only(self, keep: Tensor) -> "Taken":
         """Return the step of some of its rows (indices, ascending)."""
         events = self.events
-        if events is not None:  # they are of rows that are kept
-            events = replace(events, position=torch.searchsorted(keep, events.position))
+        if events is not None:
+            events = events.only(keep)
         return Taken(
             keep if self.rows is None else self.rows[keep],
             self.t.index_select(0, keep),
@@ -54,31 +55,62 @@ Tape = tuple[Taken, ...]
 """All steps of a solve, in order."""
 
 
+def flat(tape: Tape) -> list[Tensor | None]:
+    """Return the tensors of a tape, for autograd to keep and to free."""
+    tensors: list[Tensor | None] = []
+    for taken in tape:
+        events = taken.events
+        tensors += (taken.rows, taken.t, taken.h, taken.y, taken.k)
+        tensors += (
+            (None, None, None)
+            if events is None
+            else (events.position, events.row, events.index)
+        )
+    return tensors
+
+
+def unflat(tensors: Sequence[Tensor], steps: int) -> Tape:
+    """Return the tape of so many steps that `flat` took apart."""
+    tape = []
+    for i in range(steps):
+        rows, t, h, y, k, position, row, index = tensors[8 * i : 8 * (i + 1)]
+        events = None if position is None else Events(position, row, index)
+        tape.append(Taken(rows, t, h, y, events, k))
+    return tuple(tape)
+
+
 class Recorder:
     """Observer that keeps (t, h, y) of accepted steps, and no activations.
 
     Stages are kept too while they are small: on few rows, what it takes to compute
     them again is not arithmetic.
+
+    Parameters
+    ----------
+    dense : DenseOutput or None
+        What writes the requested times inside the steps.
+    bounded : bool
+        As of the kernel that will replay the steps.
     """
 
-    def __init__(self, dense: DenseOutput | None) -> None:
-        self._dense = dense
+    def __init__(self, dense: DenseOutput | None, bounded: bool) -> None:
+        self._dense, self._bounded = dense, bounded
         self._room = _MOST_KEPT
         self._taken: list[Taken] = []
 
     def observe(self, step: Step) -> None:
         events = None if self._dense is None else self._dense.write(step)
         moved = step.moved
+        # Stages of a step with events are computed again, with one more.
+        k = None if events is not None else self._keep(step.k)
         if moved is None:
-            k = self._keep(step.k)
             self._taken.append(Taken(step.rows, step.t, step.h, step.y, events, k))
             return
-        idle = moved.shape[0] - int(torch.count_nonzero(moved))
+        idle = moved.shape[0] - int(torch.count_nonzero(moved))  # host sync
         if idle == moved.shape[0]:
             return
-        h, k = step.h * moved, self._keep(step.k)
-        taken = Taken(step.rows, step.t, h, step.y, events, k)
-        if _worth_gathering(step, idle):
+        taken = Taken(step.rows, step.t, step.h * moved, step.y, events, k)
+        if not self._may_wait(step, idle):
             taken = taken.only(torch.nonzero(moved)[:, 0])
         self._taken.append(taken)
 
@@ -89,14 +121,40 @@ class Recorder:
         self._room -= size
         return k.clone()
 
-    def tape(self) -> Tape:
-        """Return what was recorded."""
-        return tuple(self._taken)
+    def _may_wait(self, step: Step, idle: int) -> bool:
+        """Return whether rows that did not move may be replayed with a step of 0."""
+        few = idle * step.y.shape[1] < _WORTH_GATHERING
+        # Where a slope is not finite, no row stays where it is: 0 * NaN.
+        return (
+            few and self._bounded and math.isfinite(float(step.k.sum()))  # host sync
+        )
+
+    def tape(self, status: Tensor, y1: Tensor) -> Tape:
+        """Return what was recorded of the rows (B,) that ended in y1 (B, D)."""
+        if not bool((status != 0).any()):  # host sync, once per solve
+            return tuple(self._taken)
+        return _sound(self._taken, torch.isfinite(y1).all(dim=1))
 
 
-def _worth_gathering(step: Step, idle: int) -> bool:
-    """Return whether the rows that did not move are better left out."""
-    if idle * step.y.shape[1] >= _WORTH_GATHERING:
-        return True
-    # Where a slope is not finite, not even a step of 0 stays where it is: 0 * NaN.
-    return not math.isfinite(float(step.k.sum()))
+def _sound(steps: list[Taken], sound: Tensor) -> Tape:
+    """Leave out the steps that led to, or began in, a state that is not finite.
+
+    `sound` (B,) tells whose last state is finite. A loss that does not look at a row
+    that failed gives it a cotangent of 0, and 0 * NaN would be everybody's gradient.
+    """
+    kept = []
+    for taken in reversed(steps):
+        rows = slice(None) if taken.rows is None else taken.rows
+        moved = taken.h != 0
+        keep = moved & sound[rows]
+        if taken.events is not None:
+            # Of rows with events f(t1, y1) is evaluated too: of no others.
+            busy = torch.zeros_like(keep)
+            busy[taken.events.position] = True
+            kept.append(taken.only(torch.nonzero(keep & busy)[:, 0]))
+            taken, keep = replace(taken, events=None), keep & ~busy
+        kept.append(taken.only(torch.nonzero(keep)[:, 0]))
+        finite = torch.isfinite(taken.y).all(dim=1)
+        sound = sound.clone()
+        sound[rows] = torch.where(moved, finite, sound[rows])
+    return tuple(taken for taken in reversed(kept) if taken.t.shape[0])

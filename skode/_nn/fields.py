@@ -68,13 +68,24 @@ class MLPField(nn.Module):
         own = tuple(self.parameters())
         if params and [id(p) for p in params] != [id(p) for p in own]:
             return None
-        return MLPKernel(own, self.activation)
+        return MLPKernel(own, self.activation, trained=bool(params))
 
 
 class MLPKernel:
-    """Evaluations and vector-Jacobian products of an `MLPField` for one solve."""
+    """Evaluations and vector-Jacobian products of an `MLPField` for one solve.
 
-    def __init__(self, params: Sequence[Tensor], activation: str) -> None:
+    Parameters
+    ----------
+    trained : bool
+        Whether the parameters get a gradient.
+    """
+
+    bounded = True
+
+    def __init__(
+        self, params: Sequence[Tensor], activation: str, trained: bool
+    ) -> None:
+        self._trained = trained
         depth = len(params) // 3
         self._weights, self._shifts = params[:depth], params[2 * depth :]
         self._widths = tuple(weight.shape[0] for weight in self._weights)
@@ -93,6 +104,12 @@ class MLPKernel:
 
     def begin(self, times: Tensor) -> None:
         """Announce the times (n, A)."""
+        if times.dtype != self._weights[0].dtype:
+            raise TypeError(
+                f"The field must keep the dtype of y: y is {times.dtype}, the field's "
+                f"parameters are {self._weights[0].dtype}. Convert them with "
+                f"field.to({times.dtype})."
+            )
         self._times = times.unsqueeze(2).unbind()
 
     def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
@@ -174,6 +191,8 @@ class MLPKernel:
 
     def accumulate(self, slots: int) -> None:
         """Add the parameter gradient: two products per layer for all slots."""
+        if not self._trained:
+            return
         memory = self._memory
         assert memory is not None, "accumulate follows pull"
         if self._sums is None:
@@ -195,6 +214,8 @@ class MLPKernel:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Return weights', biases' and shifts' gradients, as `parameters` orders."""
+        if not self._trained:
+            return ()
         sums, self._sums = self._sums, None
         if sums is None:
             return (None,) * (3 * len(self._weights))
@@ -220,7 +241,6 @@ class _Blocks:
     """For each of some layers, memory (n, A, width), and its views."""
 
     def __init__(self, times: Tensor, widths: Sequence[int]) -> None:
-        self.shape = times.shape
         self.blocks = [times.new_empty(*times.shape, width) for width in widths]
         self.matrices = [block.flatten(0, 1) for block in self.blocks]
         self.by_slot: list[tuple[Tensor, ...]] = list(

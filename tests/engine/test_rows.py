@@ -5,6 +5,7 @@ import torch
 
 from skode._engine.solve import solve
 from skode._engine.tableau import TABLEAUX
+from skode._nn.fields import MLPField
 from tests.problems import CUBIC, normal, perceptron
 
 # One row in five methods would do; all is cheap.
@@ -223,3 +224,46 @@ def test_a_start_may_be_a_view(method):
         ours = solve(field, view, times, **settings).ys
         plain = solve(field, view.contiguous(), times, **settings).ys
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-13)
+
+
+class Fallible:
+    """Rows whose derivatives are infinite where they start, or that blow up."""
+
+    def __init__(self):
+        self.a = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, t, y):
+        return self.a * (y.abs().sqrt() + y**3)
+
+
+IDLE = [
+    ([0.0, 0.0], [0.0, 0.0, 0.0]),  # padding: the derivative there is no number
+    ([1e60, 1e60], [0.0, 0.5, 1.0]),  # blows up
+    ([torch.inf, 1.0], [0.0, 0.5, 1.0]),
+    ([torch.nan, 1.0], [0.0, 0.0, 0.0]),
+]
+
+
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint", "backprop"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "dopri5", "dopri8"])
+@pytest.mark.parametrize("field", [Fallible, lambda: MLPField(2, (8,)).double()])
+def test_rows_that_fail_or_stay_have_no_part_in_the_gradient(method, gradient, field):
+    def gradients(rows):
+        torch.manual_seed(0)
+        rhs = field()
+        params = [rhs.a] if isinstance(rhs, Fallible) else list(rhs.parameters())
+        y0 = torch.tensor([row[0] for row in rows], dtype=torch.float64)
+        t = torch.tensor([row[1] for row in rows], dtype=torch.float64)
+        y0.requires_grad_(), t.requires_grad_()
+        settings = {"method": method, "step_size": 0.1, "max_steps": 500}
+        ys = solve(rhs, y0, t, params=params, gradient=gradient, **settings).ys
+        return torch.autograd.grad(ys[:2].square().sum(), (y0, t, *params))
+
+    good = [([0.5, 0.3], [0.0, 0.1, 0.2]), ([0.4, -0.9], [0.0, 0.15, 0.25])]
+    with torch.random.fork_rng():
+        alone, company = gradients(good), gradients(good + IDLE)
+    for ours, wanted in zip(company[:2], alone[:2], strict=True):
+        torch.testing.assert_close(ours[:2], wanted, rtol=1e-8, atol=1e-10)
+        assert not torch.nan_to_num(ours[2:], nan=0.0).any()
+    for ours, wanted in zip(company[2:], alone[2:], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-8, atol=1e-10)

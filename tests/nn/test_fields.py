@@ -145,3 +145,21 @@ def test_a_field_without_hidden_layers_is_linear():
     t, y, z = torch.zeros(2).double(), normal(2, 3, seed=0), normal(2, 3, seed=1)
     zero = field(t, torch.zeros_like(y))
     close(field(t, y + z) - zero, field(t, y) + field(t, z) - 2 * zero)
+
+
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint", "backprop"])
+def test_a_solve_need_not_ask_for_the_parameters(gradient):
+    field = field_of((6,), "tanh")
+    y0 = normal(4, 3, seed=1).requires_grad_()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    solve(field, y0, t, gradient=gradient).ys.sum().backward()
+    assert y0.grad.abs().min() > 0
+    if gradient != "backprop":
+        assert all(param.grad is None for param in field.parameters())
+
+
+def test_a_wrong_dtype_is_told_with_the_right_one():
+    field = field_of((6,), "tanh").float()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"parameters are torch.float32. .*to\(torch.f"):
+        solve(field, normal(4, 3, seed=1), t)
