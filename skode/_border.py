@@ -13,11 +13,13 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, _fit_context
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, column_or_1d
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.extmath import softmax
 from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor, nn
+
+from skode.exceptions import SolverError
 
 __all__ = [
     "FLOATS",
@@ -27,6 +29,7 @@ __all__ = [
     "check_weights",
     "choice",
     "fit_context",
+    "flat_if_one",
     "inside",
     "log_softmax",
     "positive",
@@ -178,7 +181,12 @@ def apply(
     with torch.no_grad():
         for start in range(0, len(X), _ROWS_AT_ONCE):
             rows = X[start : start + _ROWS_AT_ONCE]
-            parts.append(to_array(function(to_tensor(rows, example.device, dtype))))
+            try:
+                result = function(to_tensor(rows, example.device, dtype))
+            except SolverError as error:  # knows its few thousand only
+                error.rows = tuple(start + row for row in error.rows)
+                raise
+            parts.append(to_array(result))
     return np.concatenate(parts)
 
 
@@ -187,14 +195,17 @@ def weighted_moments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return weighted mean and standard deviation by column; constant columns get 1.
 
-    Weights count rows: a row of weight two is two rows.
+    Weights count rows: a row of weight two is two rows. Columns whose variance
+    overflows get moments that are not finite.
     """
     # Relative to a row that counts, a constant column is exactly 0, however many rows
     # are summed; in one order of memory, frames and arrays give the same bits.
     origin = values[np.argmax(weight > 0)].astype(np.float64)
-    centred = np.subtract(values, origin, order="C")
-    offset = np.average(centred, axis=0, weights=weight)
-    std = np.sqrt(np.average((centred - offset) ** 2, axis=0, weights=weight))
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinity
+        centred = np.subtract(values, origin, order="C")
+        offset = np.average(centred, axis=0, weights=weight)
+        squares = (centred - offset) ** 2
+        std = np.sqrt(np.average(squares, axis=0, weights=weight))
     mean = origin + offset
     # A column that should be constant may have a spread of rounding alone.
     constant = std <= 10 * np.finfo(values.dtype).eps * np.abs(mean)
@@ -238,6 +249,13 @@ def torch_dtype(dtype: str, X: np.ndarray) -> torch.dtype:
     """Return the dtype to compute in; "auto" follows X."""
     name = X.dtype.name if dtype == "auto" else dtype
     return {"float32": torch.float32, "float64": torch.float64}[name]
+
+
+def flat_if_one(y: np.ndarray) -> np.ndarray:
+    """Return a single column of targets as a vector, with scikit-learn's warning."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        return column_or_1d(y, warn=True)
+    return y
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -24,6 +24,9 @@ _WARM_UP = 5
 _DECAY_SHARE = 0.35
 _RECOVERIES = 5
 _CLIP = 5.0
+_NEARLY = 1000.0
+"""A fit that ended at `max_iter` has not converged if it gained more than that many
+`tol` in its last `n_iter_no_change` epochs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +107,11 @@ def train(
     keeper = _Keeper(module)
     schedule = _Schedule(how)
     optimizer = make_optimizer(module, how)
-    epochs = tqdm(range(how.max_iter), disable=not how.verbose, unit="epoch")
-    recoveries = 0
+    bar = tqdm(total=how.max_iter, disable=not how.verbose, unit="epoch")
+    failures: list[str] = []
     scale = 1.0
     try:
-        for epoch in epochs:
+        for epoch in range(how.max_iter):
             _set_rate(optimizer, how.learning_rate * schedule.factor(epoch) * scale)
             keeper.begin()
             try:
@@ -120,35 +123,34 @@ def train(
                     module.eval()
                     score = validate()
             except (SolverError, FloatingPointError) as error:
-                recoveries += 1
+                failures.append(f"Epoch {epoch + 1} diverged: {error}")
                 keeper.restore()
                 fruitless = epoch + 1 == how.max_iter and not history.loss
-                if fruitless or recoveries > _RECOVERIES:
+                if fruitless or len(failures) > _RECOVERIES:
                     raise DivergenceError(epoch + 1, str(error)) from error
                 scale *= 0.3
                 optimizer = make_optimizer(module, how)
-                warnings.warn(
-                    f"Epoch {epoch + 1} diverged, so the fit went back to its best "
-                    f"weights and lowered the learning rate to "
-                    f"{how.learning_rate * scale:.3g}; set learning_rate_init to "
-                    f"that to avoid this. What happened: {error}",
-                    SolverWarning,
-                    stacklevel=2,
-                )
+                bar.update()
                 continue
             history.loss.append(loss)
+            shown = {"loss": f"{loss:.4g}"}
             if score is None:
                 keeper.keep_begun(-loss)
             else:
                 history.scores.append(score)
                 keeper.keep(score)
-            epochs.set_postfix(loss=f"{loss:.4g}", refresh=False)
+                shown["validation"] = f"{score:.4g}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
             schedule.watch(epoch, loss if score is None else -score)
             if schedule.done(epoch):
+                bar.total = bar.n  # a fit that ends early is complete
                 break
     except KeyboardInterrupt:
         history.interrupted = True
         keeper.restore()
+        if not history.loss:
+            raise  # nothing was learned that could be kept
         warnings.warn(
             f"Interrupted after {len(history.loss)} epochs: the best weights so far "
             "are kept and the estimator is fitted.",
@@ -156,7 +158,16 @@ def train(
             stacklevel=2,
         )
     finally:
-        epochs.close()
+        bar.close()
+    if failures:
+        often = "once" if len(failures) == 1 else f"{len(failures)} times"
+        warnings.warn(
+            f"The fit went back to its best weights {often}, and lowered the learning "
+            f"rate to {how.learning_rate * scale:.3g} in the end; set "
+            f"learning_rate_init to that to avoid this. {failures[0]}",
+            SolverWarning,
+            stacklevel=2,
+        )
     if validate is not None:
         keeper.restore()
     history.converged = schedule.converged
@@ -279,8 +290,9 @@ class _Schedule:
         self._start = how.max_iter - self._decay
         self._bests: list[float] = []
         self._plateau = False
-        self.converged = False
-        """Whether there was a plateau, or lately less than `tol` gained an epoch."""
+        self.converged = how.tol == 0
+        """Whether there was a plateau, or nearly one: see `_NEARLY`. With `tol` 0, no
+        plateau is looked for, and all epochs are what was asked for."""
 
     def factor(self, epoch: int) -> float:
         """Return the share of the learning rate for an epoch."""
@@ -304,7 +316,7 @@ class _Schedule:
             self._decay = min(self._decay, max(patience, epoch // 2))
             self._plateau = True
         # What the falling rate gains after a plateau does not undo it.
-        self.converged = self._plateau or gain < tol * patience
+        self.converged = self._plateau or tol == 0 or gain <= _NEARLY * tol
 
     def done(self, epoch: int) -> bool:
         """Return whether the learning rate has come down to zero."""

@@ -94,6 +94,6 @@ class DivergenceError(RuntimeError):
         return (
             f"The fit diverged in epoch {self.epoch} and was given up. The estimator "
             "keeps its best weights, or those it began with if no epoch succeeded. "
-            "Standardise the data, lower learning_rate_init, or raise alpha. What "
-            f"happened: {self.reason}"
+            f"What happened: {self.reason} If the reason names no remedy: standardise "
+            "the data, lower learning_rate_init, or raise alpha."
         )

@@ -15,7 +15,7 @@ from sklearn.base import (
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import train_test_split
-from sklearn.utils import column_or_1d, compute_sample_weight
+from sklearn.utils import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -27,6 +27,7 @@ from skode._border import (
     check_weights,
     choice,
     fit_context,
+    flat_if_one,
     inside,
     log_softmax,
     positive,
@@ -45,7 +46,7 @@ from skode._nn.losses import (
     regression_loss,
     weighted_mean,
 )
-from skode._nn.ode_net import METHODS, Integration, build
+from skode._nn.ode_net import Integration, build
 from skode._training import (
     History,
     Training,
@@ -53,6 +54,7 @@ from skode._training import (
     train,
     train_once,
 )
+from skode.exceptions import SolverError
 
 __all__ = ["ODEClassifier", "ODERegressor"]
 
@@ -71,9 +73,9 @@ class _ODEEstimator(
         "encoder": [choice(("linear", "augment"))],
         "state_size": [at_least(1), choice(("auto",))],
         "field": [callable, None],
-        "solver": [choice(METHODS)],
+        "solver": [str],
         "rtol": [positive(closed="left")],
-        "atol": [positive(closed="left")],
+        "atol": [positive(closed="left"), None],
         "step_size": [positive(), None],
         "max_steps": [at_least(1)],
         "gradient": [choice(("auto", "checkpoint", "adjoint", "backprop"))],
@@ -148,15 +150,16 @@ class _ODEEstimator(
             If a row needs more than `max_steps` steps, or blows up.
         """
         X = _check_rows(self, X)
-        t = column_or_1d(np.asarray(t, dtype=np.float64))
+        t = np.asarray(t, dtype=np.float64)
         if (
-            len(t) == 0
+            t.ndim != 1
+            or len(t) == 0
             or not np.isfinite(t).all()
             or t[0] < 0
             or (np.diff(t) < 0).any()
         ):
             raise ValueError(
-                "t must hold at least one time, increase, and start at 0 or later, "
+                "t must be a list of times that increase and start at 0 or later, "
                 f"got {t}."
             )
         times = np.concatenate(([0.0], t))
@@ -180,6 +183,11 @@ class _ODEEstimator(
         -------
         n_evaluations : ndarray of shape (n_samples,)
             The price of a prediction with the present `solver`, `rtol` and `atol`.
+
+        Raises
+        ------
+        SolverError
+            If a row needs more than `max_steps` steps, or blows up.
         """
         X = _check_rows(self, X)
         return _apply(
@@ -219,9 +227,12 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         "bosh3", "adaptive_heun", "dopri8". Fixed step: "euler", "midpoint", "heun2",
         "rk4". All others of torchdiffeq and SciPy by their names, row by row and
         therefore slowly. May be changed after `fit`.
-    rtol, atol : float, default=1e-2, 1e-2
-        Relative and absolute tolerance of the local error of each step, which each
-        row meets with steps of its own. May be changed after `fit`.
+    rtol : float, default=1e-2
+        Relative tolerance of the local error of each step, which each row meets with
+        steps of its own. May be changed after `fit`.
+    atol : float or None, default=None
+        Absolute tolerance; None: the same number as `rtol`. May be changed after
+        `fit`.
     step_size : float or None, default=None
         Longest step of a fixed-step solver; time runs from 0 to 1. Adaptive solvers
         ignore it. May be changed after `fit`.
@@ -247,13 +258,15 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         Epochs.
     tol : float, default=1e-4
         The loss, in standardised units, has stopped improving when its best value
-        has fallen by less than `tol` in `n_iter_no_change` epochs.
+        has fallen by less than `tol` in `n_iter_no_change` epochs. A fit that ends at
+        `max_iter` gives a `ConvergenceWarning` if that was more than 1000 `tol`. 0
+        asks for `max_iter` epochs, and for no such warning.
     n_iter_no_change : int, default=20
-        See `tol`.
+        Epochs over which `tol` is judged, at most half of `max_iter`.
     early_stopping : bool or "auto", default=False
         Whether to hold out `validation_fraction` of the rows, to watch the score there
-        instead of the loss, and to keep the weights of the best epoch. "auto" does so
-        from 1,000 rows on.
+        instead of the loss, and to keep the weights of the best epoch: for small or
+        noisy tables, which are overfitted without. "auto" does so from 1,000 rows on.
     validation_fraction : float, default=0.1
         See `early_stopping`.
     standardize : bool, default=True
@@ -262,7 +275,9 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
     class_weight : dict, list of dict, "balanced" or None, default=None
         Weights of the classes, times `sample_weight`.
     warm_start : bool, default=False
-        Whether `fit` goes on from the weights it finds.
+        Whether `fit` goes on from the weights it finds. What shapes the net cannot
+        change then: `hidden_layer_sizes`, `activation`, `encoder`, `state_size`,
+        `field` and `standardize`. `loss_curve_` and `n_iter_` start anew.
     random_state : int, RandomState instance or None, default=None
         Of the initial weights, the batches and the held-out rows.
     device : str, default="auto"
@@ -283,13 +298,14 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
     state_size_ : int
         Width of the state.
     loss_curve_ : list of float
-        Mean training loss of each epoch.
+        Mean training loss of each epoch of the last `fit`, even of one that went on
+        from another (`warm_start`); each `partial_fit` adds one.
     loss_ : float
         The last of them.
     best_loss_ : float
         The least of them.
     n_iter_ : int
-        Number of epochs.
+        Number of epochs, the length of `loss_curve_`.
     validation_scores_ : list of float or None
         Validation score of each epoch with `early_stopping`.
     best_validation_score_ : float or None
@@ -319,7 +335,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
     >>> model = ODEClassifier(max_iter=30, random_state=0, tol=1e-1).fit(X, y)
     >>> bool(model.score(X, y) > 0.9)
     True
-    >>> model.set_params(rtol=1e-5, atol=1e-5).predict_proba(X[:2]).shape
+    >>> model.set_params(rtol=1e-5).predict_proba(X[:2]).shape
     (2, 3)
     """
 
@@ -338,7 +354,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         field=None,
         solver="dopri5",
         rtol=1e-2,
-        atol=1e-2,
+        atol=None,
         step_size=None,
         max_steps=1000,
         gradient="auto",
@@ -419,6 +435,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         """
         fresh = not (self.warm_start and hasattr(self, "module_"))
         X, y = validate_data(self, X, y, dtype=FLOATS, multi_output=True, reset=fresh)
+        y = flat_if_one(y)
         check_classification_targets(y)
         classes = _classes_of(y)
         if fresh:
@@ -456,6 +473,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         """
         fresh = not hasattr(self, "module_")
         X, y = validate_data(self, X, y, dtype=FLOATS, multi_output=True, reset=fresh)
+        y = flat_if_one(y)
         check_classification_targets(y)
         if classes is not None:
             listed = classes if y.ndim == 2 else [classes]
@@ -647,9 +665,12 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         "bosh3", "adaptive_heun", "dopri8". Fixed step: "euler", "midpoint", "heun2",
         "rk4". All others of torchdiffeq and SciPy by their names, row by row and
         therefore slowly. May be changed after `fit`.
-    rtol, atol : float, default=1e-2, 1e-2
-        Relative and absolute tolerance of the local error of each step, which each
-        row meets with steps of its own. May be changed after `fit`.
+    rtol : float, default=1e-2
+        Relative tolerance of the local error of each step, which each row meets with
+        steps of its own. May be changed after `fit`.
+    atol : float or None, default=None
+        Absolute tolerance; None: the same number as `rtol`. May be changed after
+        `fit`.
     step_size : float or None, default=None
         Longest step of a fixed-step solver; time runs from 0 to 1. Adaptive solvers
         ignore it. May be changed after `fit`.
@@ -675,13 +696,15 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         Epochs.
     tol : float, default=1e-5
         The loss, in standardised units, has stopped improving when its best value
-        has fallen by less than `tol` in `n_iter_no_change` epochs.
+        has fallen by less than `tol` in `n_iter_no_change` epochs. A fit that ends at
+        `max_iter` gives a `ConvergenceWarning` if that was more than 1000 `tol`. 0
+        asks for `max_iter` epochs, and for no such warning.
     n_iter_no_change : int, default=20
-        See `tol`.
+        Epochs over which `tol` is judged, at most half of `max_iter`.
     early_stopping : bool or "auto", default="auto"
         Whether to hold out `validation_fraction` of the rows, to watch the score there
-        instead of the loss, and to keep the weights of the best epoch. "auto" does so
-        from 1,000 rows on.
+        instead of the loss, and to keep the weights of the best epoch: for small or
+        noisy tables, which are overfitted without. "auto" does so from 1,000 rows on.
     validation_fraction : float, default=0.1
         See `early_stopping`.
     standardize : bool, default=True
@@ -696,7 +719,9 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
     huber_delta : float, default=1.35
         Where ``loss="huber"`` turns linear, in standardised units.
     warm_start : bool, default=False
-        Whether `fit` goes on from the weights it finds.
+        Whether `fit` goes on from the weights it finds. What shapes the net cannot
+        change then: `hidden_layer_sizes`, `activation`, `encoder`, `state_size`,
+        `field` and `standardize`. `loss_curve_` and `n_iter_` start anew.
     random_state : int, RandomState instance or None, default=None
         Of the initial weights, the batches and the held-out rows.
     device : str, default="auto"
@@ -715,13 +740,14 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
     state_size_ : int
         Width of the state.
     loss_curve_ : list of float
-        Mean training loss of each epoch.
+        Mean training loss of each epoch of the last `fit`, even of one that went on
+        from another (`warm_start`); each `partial_fit` adds one.
     loss_ : float
         The last of them.
     best_loss_ : float
         The least of them.
     n_iter_ : int
-        Number of epochs.
+        Number of epochs, the length of `loss_curve_`.
     validation_scores_ : list of float or None
         Validation score of each epoch with `early_stopping`.
     best_validation_score_ : float or None
@@ -772,7 +798,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         field=None,
         solver="dopri5",
         rtol=1e-2,
-        atol=1e-2,
+        atol=None,
         step_size=None,
         max_steps=1000,
         gradient="auto",
@@ -932,13 +958,16 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         X, y = validate_data(
             self, X, y, dtype=FLOATS, multi_output=True, y_numeric=True, reset=fresh
         )
+        y = flat_if_one(y)
         weight = check_weights(sample_weight, X)
         targets = y.astype(np.float64).reshape(len(y), -1)
         if fresh:
             self.n_outputs_ = targets.shape[1]
             self._flat_target = y.ndim == 1
             self._gaussian = self.loss == "gaussian"
-            self._target_shift, self._target_scale = _moments(self, targets, weight)
+            self._target_shift, self._target_scale = _moments(
+                self, targets, weight, "y"
+            )
         elif targets.shape[1] != self.n_outputs_:
             raise ValueError(
                 f"y has {targets.shape[1]} targets, but the model being continued has "
@@ -984,7 +1013,9 @@ def _fit(est, X, targets, weight, task, fresh):
     device = resolve_device(est.device)
     with seeded(est.random_state, device) as generator:
         if fresh:
-            est._feature_shift, est._feature_scale = _moments(est, X, weight)
+            est._feature_shift, est._feature_scale = _moments(est, X, weight, "X")
+        else:
+            _check_same_net(est)
         hold_out = _holds_out(est, np.count_nonzero(weight))
         seed = generator.initial_seed() if hold_out else None
         data = _Data.of(est, X, targets, weight, task, device, seed)
@@ -1007,11 +1038,14 @@ def _fit(est, X, targets, weight, task, fresh):
             est.module_.eval()
             _record(est, history)
     if not history.converged and not history.interrupted:
-        watched = "validation score still rose" if hold_out else "loss still fell"
+        watched = "validation score rose" if hold_out else "loss fell"
+        advice = (
+            "" if hold_out else ", or set early_stopping=True if more would overfit"
+        )
         warnings.warn(
-            f"The {watched} by more than tol={est.tol:g} an epoch when the fit ended "
-            f"after {est.n_iter_} epochs: raise max_iter or learning_rate_init, or "
-            "loosen tol.",
+            f"The fit ended at max_iter={est.max_iter}, and the {watched} by more than "
+            f"1000 * tol = {1000 * est.tol:g} in its last n_iter_no_change epochs: "
+            f"raise max_iter{advice}.",
             ConvergenceWarning,
             stacklevel=4,  # through scikit-learn's wrapper of fit
         )
@@ -1022,7 +1056,9 @@ def _partial_fit(est, X, targets, weight, task, fresh):
     device = resolve_device(est.device)
     with seeded(est.random_state, device) as generator:
         if fresh:
-            est._feature_shift, est._feature_scale = _moments(est, X, weight)
+            est._feature_shift, est._feature_scale = _moments(est, X, weight, "X")
+        else:
+            _check_same_net(est)
         data = _Data.of(est, X, targets, weight, task, device, seed=None)
         if fresh:
             est.module_ = _new_net(est, X.shape[1], task, generator)
@@ -1057,11 +1093,18 @@ def _record(est, history):
     est.best_validation_score_ = history.best_score
 
 
-def _moments(est, values, weight):
+def _moments(est, values, weight, name):
     """Return shift and scale by column: 0 and 1 without `standardize`."""
-    if est.standardize:
-        return weighted_moments(values, weight)
-    return np.zeros(values.shape[1]), np.ones(values.shape[1])
+    if not est.standardize:
+        return np.zeros(values.shape[1]), np.ones(values.shape[1])
+    shift, scale = weighted_moments(values, weight)
+    finite = np.isfinite(shift) & np.isfinite(scale)
+    if not finite.all():
+        raise ValueError(
+            f"Columns {np.flatnonzero(~finite).tolist()} of {name} hold numbers so "
+            "large that their variance overflows: rescale them, or take logarithms."
+        )
+    return shift, scale
 
 
 def _standardized(est, X):
@@ -1082,7 +1125,7 @@ def _new_net(est, n_features, task, generator):
             width = min(64, max(16, n_features))
     est.state_size_ = width
     with undisturbed(generator):
-        return build(
+        net = build(
             n_features,
             task.n_outputs,
             encoder=est.encoder,
@@ -1090,6 +1133,37 @@ def _new_net(est, n_features, task, generator):
             hidden=_widths(est.hidden_layer_sizes),
             activation=est.activation,
             field=est.field,
+        )
+    est._shape = _shape(est)
+    return net
+
+
+def _shape(est):
+    """Return the parameters that shape a net, each in one way of writing it."""
+    size = est.state_size
+    return {
+        "hidden_layer_sizes": _widths(est.hidden_layer_sizes),
+        "activation": est.activation,
+        "encoder": est.encoder,
+        "state_size": int(size) if isinstance(size, Integral) else size,
+        "field": est.field,
+        "standardize": bool(est.standardize),
+    }
+
+
+def _check_same_net(est):
+    """Refuse to continue a net of another shape."""
+    before = est._shape
+    changed = [
+        name
+        for name, value in _shape(est).items()
+        # A field may be any object, and compare in ways of its own.
+        if not (value is before[name] or (value == before[name]) is True)
+    ]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} cannot change while a model is continued: set "
+            "warm_start=False, or clone the estimator, to begin a new one."
         )
 
 
@@ -1108,24 +1182,30 @@ class _Data:
     x: object
     y: object
     weight: object
+    index: np.ndarray
+    """Which rows of the table they are."""
     held: tuple | None
+    """X, targets, weights and index of the rows held out."""
 
     @classmethod
     def of(cls, est, X, targets, weight, task, device, seed):
         """Drop rows of weight 0, hold some out unless `seed` is None, make tensors."""
         dtype = torch_dtype(est.dtype, X)
         kept = weight > 0
+        index = np.flatnonzero(kept)
         X, targets, weight = _standardized(est, X[kept]), targets[kept], weight[kept]
         held = None
         if seed is not None:
             rows, held_rows = _split(est, targets, task, seed)
-            held = X[held_rows], targets[held_rows], weight[held_rows]
+            held = X[held_rows], targets[held_rows], weight[held_rows], index[held_rows]
             X, targets, weight = X[rows], targets[rows], weight[rows]
+            index = index[rows]
         codes = targets.dtype.kind == "i"
         return cls(
             to_tensor(X, device, dtype),
             to_tensor(targets, device, None if codes else dtype),
             to_tensor(weight / weight.mean(), device, dtype),
+            index,
             held,
         )
 
@@ -1161,7 +1241,13 @@ def _objective(est, data, task):
     how = _integration(est)
 
     def objective(rows):
-        outputs = est.module_(data.x[rows], how)
+        try:
+            outputs = est.module_(data.x[rows], how)
+        except SolverError as error:  # knows its batch only
+            error.rows = tuple(
+                data.index[rows.cpu().numpy()][list(error.rows)].tolist()
+            )
+            raise
         return weighted_mean(task.loss(outputs, data.y[rows]), data.weight[rows])
 
     return objective
@@ -1169,11 +1255,15 @@ def _objective(est, data, task):
 
 def _validation(est, data, task):
     """Return a function that scores the held-out rows."""
-    X, targets, weight = data.held
+    X, targets, weight, index = data.held
     how = _integration(est)
 
     def validate():
-        outputs = apply(lambda x: est.module_(x, how), X, est.module_)
+        try:
+            outputs = apply(lambda x: est.module_(x, how), X, est.module_)
+        except SolverError as error:  # knows the held-out rows only
+            error.rows = tuple(index[list(error.rows)].tolist())
+            raise
         if task.score is not None:
             return float(task.score(outputs, targets, weight))
         cpu = resolve_device("cpu")
@@ -1204,10 +1294,11 @@ def _training(est, n_rows, task):
 
 def _integration(est):
     """Return how to solve, from the parameters as they are now."""
+    est._validate_params()  # they may have been set after the fit
     return Integration(
         method=est.solver,
         rtol=est.rtol,
-        atol=est.atol,
+        atol=est.rtol if est.atol is None else est.atol,
         step_size=est.step_size,
         max_steps=est.max_steps,
         gradient=est.gradient,

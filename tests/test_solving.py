@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from skode import DivergenceError, SolverError, SolverWarning
+from skode import DivergenceError, SolverError, SolverWarning, _border
 from tests.tables import Spring, Still, blobs, classifier, curve, encoded, regressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -50,6 +50,29 @@ def test_tighter_tolerances_come_closer(lively):
     ]
     assert errors[0] > 10 * errors[1] > 100 * errors[2] > 0
     assert errors[2] < 1e-3
+
+
+def test_the_absolute_tolerance_follows_the_relative_one(lively):
+    model, X = lively
+    for rtol in (1e-1, 1e-5):
+        followed = solved(model, X, rtol=rtol, atol=None)
+        assert np.array_equal(followed, solved(model, X, rtol=rtol, atol=rtol))
+    assert not np.array_equal(followed, solved(model, X, atol=1e-2))
+
+
+@pytest.mark.parametrize(
+    ("params", "advice"),
+    [
+        ({"rtol": "tight"}, "'rtol' parameter"),
+        ({"max_steps": 0}, "'max_steps' parameter"),
+        ({"solver": 5}, "'solver' parameter"),
+        ({"solver": "rk45"}, "There is no solver 'rk45'. Adaptive: .*dopri5"),
+    ],
+)
+def test_parameters_set_after_the_fit_are_checked(lively, params, advice):
+    model, X = lively
+    with pytest.raises(ValueError, match=advice):
+        model.set_params(**params).predict(X)
 
 
 def test_tighter_tolerances_cost_more(lively):
@@ -170,11 +193,11 @@ def test_a_trajectory_follows_the_field(lively):
 
 
 @pytest.mark.parametrize(
-    "times", [[], [1.0, 0.5], [-0.1, 1.0], [0.0, np.nan], [np.inf]]
+    "times", [[], [1.0, 0.5], [-0.1, 1.0], [0.0, np.nan], [np.inf], 5, [[0.0], [1.0]]]
 )
 def test_times_that_make_no_trajectory(lively, times):
     model, X = lively
-    with pytest.raises(ValueError, match="t must hold at least one time, increase"):
+    with pytest.raises(ValueError, match="t must be a list of times that increase"):
         model.trajectory(X, times)
 
 
@@ -239,10 +262,11 @@ def test_a_field_of_the_wrong_shape_is_told_both_shapes():
         regressor(field=TooNarrow).fit(X, y)
 
 
-def test_a_factory_that_returns_no_module():
+@pytest.mark.parametrize("field", [Spring(4), lambda width: lambda t, y: y])
+def test_a_field_that_makes_no_module(field):
     X, y = curve()
-    with pytest.raises(TypeError, match=r"returns a torch\.nn\.Module .* got function"):
-        regressor(field=lambda width: lambda t, y: y).fit(X, y)
+    with pytest.raises(TypeError, match="field must be a callable that takes the wid"):
+        regressor(field=field).fit(X, y)
 
 
 # -------------------------------------------------------------------- failures
@@ -260,6 +284,55 @@ def test_too_many_steps_name_rows_and_remedy(lively):
         assert 0 < len(error.value.rows) == len(error.value.t)
     model.set_params(rtol=1e-2, atol=1e-2, max_steps=1000)
     assert np.array_equal(model.predict(X), before)
+
+
+def test_fixed_steps_that_are_too_many_name_the_step(lively):
+    model, X = lively
+    model.set_params(solver="rk4", step_size=0.01, max_steps=10)
+    advice = r"max_steps=10 at .* or take longer steps: step_size is 0\.01\."
+    with pytest.raises(SolverError, match=advice):
+        model.predict(X)
+
+
+def test_rows_that_cannot_be_solved_have_no_price(lively):
+    model, X = lively
+    with pytest.raises(SolverError, match="max_steps=1 at"):
+        model.set_params(rtol=1e-9, max_steps=1).evaluations(X)
+
+
+class Picky(Still):
+    """A field that cannot be solved from states far out."""
+
+    def forward(self, t, y):
+        far = y.abs().amax(dim=1, keepdim=True) > 50
+        return torch.where(far, torch.nan, 0.0 * y)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_rows_that_fail_in_a_fit_are_rows_of_the_table(early_stopping):
+    X, y = curve(300)
+    weight = np.ones(300)
+    X[:20], weight[:20] = 1e9, 0.0  # dropped, and not the rows that fail
+    X[123] = 1e6
+    model = regressor(
+        field=Picky,
+        encoder="augment",
+        standardize=False,
+        early_stopping=early_stopping,
+        max_iter=1,
+    )
+    with pytest.raises(DivergenceError, match=r"1 of \d+ rows .* \(rows 123\)"):
+        model.fit(X, y, weight)
+
+
+def test_rows_that_fail_in_a_prediction_are_rows_of_the_table(monkeypatch):
+    X, y = curve()
+    model = regressor(field=Picky, encoder="augment", max_iter=1).fit(X, y)
+    monkeypatch.setattr(_border, "_ROWS_AT_ONCE", 7)
+    X[[23, 26]] = 1e6
+    with pytest.raises(SolverError, match=r"\(rows 23, 26\)") as error:
+        model.predict(X)
+    assert error.value.rows == (23, 26)
 
 
 class Brittle(nn.Module):
@@ -280,12 +353,12 @@ def test_a_rate_that_is_too_high_is_lowered(make, table):
     model = make(field=Brittle, learning_rate_init=20.0, max_iter=15)
     with pytest.warns(SolverWarning) as caught:
         model.fit(X, y)
-    first = str(caught[0].message)
+    (told,) = [w for w in caught if w.category is SolverWarning]
     assert re.fullmatch(
-        r"Epoch 2 diverged, so the fit went back to its best weights and lowered the "
-        r"learning rate to 6; set learning_rate_init to that to avoid this\. What "
-        r"happened: 60 of 60 rows met values that are not finite .*\.",
-        first,
+        r"The fit went back to its best weights (once|\d times), and lowered the "
+        r"learning rate to [\d.]+ in the end; set learning_rate_init to that to avoid "
+        r"this\. Epoch 2 diverged: 60 of 60 rows met values that are not finite .*\.",
+        str(told.message),
     )
     assert np.isfinite(model.predict(X)).all()
     assert np.isfinite(model.loss_curve_).all() and model.n_iter_ > 1
@@ -318,12 +391,10 @@ class Interrupted(Tiring):
 def test_a_fit_that_no_rate_saves_can_still_predict(make, table):
     X, y = table()
     model = make(field=Exploding)
-    with (
-        pytest.warns(SolverWarning) as caught,
-        pytest.raises(DivergenceError, match="diverged in epoch") as error,
-    ):
-        model.fit(X, y)
-    assert len(caught) == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the error tells it
+        with pytest.raises(DivergenceError, match="diverged in epoch") as error:
+            model.fit(X, y)
     assert model.n_iter_ == len(model.loss_curve_) > 2
     assert error.value.epoch == model.n_iter_ + 6
     assert not model.module_.training
@@ -346,11 +417,10 @@ def test_a_fit_none_of_whose_epochs_succeeded_says_so(make, table, max_iter):
     model = make(field=Hopeless, max_iter=max_iter)
     tried = min(max_iter, 6)
     advice = f"diverged in epoch {tried} .* those it began with .* not finite"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         with pytest.raises(DivergenceError, match=advice):
             model.fit(X, y)
-    assert [w.category for w in caught] == [SolverWarning] * (tried - 1)
     assert model.n_iter_ == 0 and model.loss_ is None
 
 

@@ -1,5 +1,7 @@
 """What `ODEClassifier` and `ODERegressor` learn: targets, weights, losses, calls."""
 
+import copy
+import pickle
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import (
+    ConvergenceWarning,
+    DataConversionWarning,
+    NotFittedError,
+)
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import accuracy_score, r2_score
 
@@ -335,6 +341,65 @@ def test_warm_start_keeps_the_features(make, table):
     assert outputs(model, X).shape[0] == len(X)
 
 
+def make_spring(width):
+    return Spring(width)
+
+
+class Maker:
+    """A callable that compares in a way of its own."""
+
+    def __call__(self, width):
+        return Spring(width)
+
+    def __eq__(self, other):
+        return np.array([True, True])
+
+    __hash__ = None
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"hidden_layer_sizes": (9,)},
+        {"activation": "relu"},
+        {"encoder": "augment"},
+        {"state_size": 5},
+        {"field": Spring},
+        {"standardize": False},
+        {"activation": "relu", "field": Maker()},
+    ],
+    ids=lambda params: "-".join(params),
+)
+def test_a_net_is_continued_in_its_shape(make, table, params):
+    X, y = table()
+    model = make(warm_start=True, max_iter=2).fit(X, y)
+    before = outputs(model, X)
+    model.set_params(**params)
+    refusal = f"^{', '.join(params)} cannot change while a model is continued"
+    for call in (model.fit, model.partial_fit):
+        with pytest.raises(ValueError, match=refusal):
+            call(X, y)
+    model.set_params(**{name: make().get_params()[name] for name in params})
+    assert np.array_equal(outputs(model, X), before)
+    model.fit(X, y)
+    model.set_params(warm_start=False, **params).fit(X, y)
+
+
+@BOTH
+@pytest.mark.parametrize("field", [None, Spring, make_spring, Maker()])
+def test_a_shape_may_be_written_in_other_ways(make, table, field):
+    X, y = table()
+    sizes = np.array([8, 4])
+    model = make(field=field, hidden_layer_sizes=sizes, warm_start=True, max_iter=2)
+    model.fit(X, y)
+    for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        other.set_params(hidden_layer_sizes=[8, 4], state_size=np.int64(4))
+        other.fit(X, y).partial_fit(X, y)
+    assert not hasattr(clone(model), "module_")
+    clone(model).fit(X, y)
+
+
 # ------------------------------------------------------- convergence, stopping
 
 
@@ -342,9 +407,12 @@ def test_warm_start_keeps_the_features(make, table):
 @BOTH
 def test_it_warns_where_it_has_not_converged_and_only_there(make, table):
     X, y = table()
-    advice = "loss still fell .* after 15 epochs: raise max_iter or learning_rate_init"
+    advice = (
+        r"ended at max_iter=15, and the loss fell by more than 1000 \* tol = 0\.001 in "
+        r"its last n_iter_no_change epochs: raise max_iter, or set early_stopping=True"
+    )
     with pytest.warns(ConvergenceWarning, match=advice) as caught:
-        make(max_iter=15).fit(X, y)
+        make(max_iter=15, tol=1e-6).fit(X, y)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -354,9 +422,18 @@ def test_it_warns_where_it_has_not_converged_and_only_there(make, table):
 
 def test_with_early_stopping_it_warns_of_the_score():
     X, y = curve(200)
-    model = regressor(early_stopping=True, max_iter=15)
-    with pytest.warns(ConvergenceWarning, match="validation score still rose by more"):
+    model = regressor(early_stopping=True, max_iter=15, tol=1e-6)
+    advice = r"the validation score rose by more than .*: raise max_iter\.$"
+    with pytest.warns(ConvergenceWarning, match=advice):
         model.fit(X, y)
+
+
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+@BOTH
+@pytest.mark.parametrize("max_iter", [1, 15])
+def test_with_tol_0_all_epochs_are_what_was_asked_for(make, table, max_iter):
+    model = make(max_iter=max_iter, tol=0.0).fit(*table())
+    assert model.n_iter_ == max_iter
 
 
 def test_it_has_converged_when_the_score_has_stopped_improving(monkeypatch):
@@ -470,7 +547,7 @@ def test_regression():
 @pytest.mark.parametrize(
     "loss", ["squared_error", "absolute_error", "huber", "quantile", "gaussian"]
 )
-@pytest.mark.parametrize("shape", [(60,), (60, 1), (60, 2)])
+@pytest.mark.parametrize("shape", [(60,), (60, 2)])
 def test_every_loss_learns_targets_of_every_shape(loss, shape):
     X, y = curve()
     y = (
@@ -487,6 +564,19 @@ def test_every_loss_learns_targets_of_every_shape(loss, shape):
         mean, std = model.predict(X, return_std=True)
         assert np.array_equal(mean, predicted)
         assert std.shape == shape and (std > 0).all()
+
+
+@BOTH
+@pytest.mark.parametrize("call", ["fit", "partial_fit"])
+def test_a_column_of_targets_is_a_vector(make, table, call):
+    X, y = table()
+    params = {"classes": [0, 1]} if (make, call) == (classifier, "partial_fit") else {}
+    flat, column = make(max_iter=2), make(max_iter=2)
+    getattr(flat, call)(X, y, **params)
+    with pytest.warns(DataConversionWarning, match="column-vector y was passed"):
+        getattr(column, call)(X, y[:, None], **params)
+    assert column.predict(X).shape == y.shape
+    assert np.array_equal(outputs(column, X), outputs(flat, X))
 
 
 def test_robust_losses_forgive_outliers():
@@ -619,6 +709,28 @@ def test_constant_features_and_targets_do_no_harm():
     np.testing.assert_allclose(flat.predict(X), 7.3, atol=0.2)
 
 
+@BOTH
+def test_columns_too_large_for_a_variance_are_told(make, table):
+    X, y = table()
+    X[:, 1] *= 1e200
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            ValueError, match=r"Columns \[1\] of X hold numbers so large"
+        ):
+            make().fit(X, y)
+
+
+def test_targets_too_large_for_a_variance_are_told():
+    X, y = curve()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            ValueError, match=r"Columns \[0\] of y hold numbers so large"
+        ):
+            regressor().fit(X, 1e200 * y)
+
+
 # ----------------------------------------------------------------------- seeds
 
 
@@ -738,12 +850,13 @@ def test_a_continuous_target_is_not_classes():
 @pytest.mark.parametrize(
     ("params", "advice"),
     [
-        ({"solver": "rk45"}, "'solver' parameter .* must be a str among .*'dopri5'"),
+        ({"solver": "rk45"}, "There is no solver 'rk45'. Adaptive: .*dopri5.* Fixed"),
         ({"solver": "rk4"}, r"'rk4' takes fixed steps: pass step_size, for example"),
         ({"encoder": "augment", "state_size": 1}, "state_size must be at least"),
         ({"device": "cuda:77"}, r"device='cuda:77' is not to be had here"),
         ({"device": "abacus"}, r"device='abacus' is not to be had here"),
         ({"rtol": 0.0, "atol": 0.0}, "rtol and atol must not both be 0"),
+        ({"rtol": 0.0}, "rtol and atol must not both be 0"),
         ({"hidden_layer_sizes": (8, 0)}, "hidden_layer_sizes"),
         ({"hidden_layer_sizes": (8, 2.5)}, "hidden_layer_sizes"),
         ({"activation": "sigmoid"}, "'activation' parameter .* must be a str among"),

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skode._engine.solve import METHODS, solve
+from skode._engine.solution import Solution
+from skode._engine.solve import solve
 from skode._nn.fields import MLPField
 
-__all__ = ["METHODS", "Integration", "ODENet", "build"]
+__all__ = ["Integration", "ODENet", "build"]
 
 FieldFactory = Callable[[int], nn.Module]
 """Called with the width of the state; returns a module f(t, y)."""
@@ -69,35 +70,25 @@ class ODENet(nn.Module):
 
     def trajectory(self, x: Tensor, times: Tensor, how: Integration) -> Tensor:
         """Return the states at `times` (T,), the first of which is 0: (B, T, D)."""
-        return (
-            solve(
-                self.field,
-                self.encoder(x),
-                times,
-                params=tuple(self.field.parameters()),
-                method=how.method,
-                rtol=how.rtol,
-                atol=how.atol,
-                step_size=how.step_size,
-                max_steps=how.max_steps,
-                gradient=how.gradient,
-            )
-            .require_success()
-            .ys
-        )
+        return self._solve(x, times, how).ys
 
     def evaluations(self, x: Tensor, how: Integration) -> Tensor:
         """Return the evaluations of the field that each row takes, (B,)."""
+        return self._solve(x, x.new_tensor([0.0, 1.0]), how).stats.nfe
+
+    def _solve(self, x: Tensor, times: Tensor, how: Integration) -> Solution:
         return solve(
             self.field,
             self.encoder(x),
-            x.new_tensor([0.0, 1.0]),
+            times,
+            params=tuple(self.field.parameters()),
             method=how.method,
             rtol=how.rtol,
             atol=how.atol,
             step_size=how.step_size,
             max_steps=how.max_steps,
-        ).stats.nfe
+            gradient=how.gradient,
+        ).require_success()
 
 
 def build(
@@ -129,10 +120,21 @@ def build(
         )
     else:
         enter = ZeroAugment(n_features, width)
-    inner = MLPField(width, hidden, activation) if field is None else field(width)
-    if not isinstance(inner, nn.Module):
+    inner = _field(field, width, hidden, activation)
+    return ODENet(enter, inner, nn.Linear(width, n_outputs))
+
+
+def _field(
+    factory: FieldFactory | None, width: int, hidden: tuple[int, ...], activation: str
+) -> nn.Module:
+    if factory is None:
+        return MLPField(width, hidden, activation)
+    # A module is callable too, but not with a width.
+    made = factory if isinstance(factory, nn.Module) else factory(width)
+    if made is factory or not isinstance(made, nn.Module):
         raise TypeError(
             "field must be a callable that takes the width of the state and returns a "
-            f"torch.nn.Module f(t, y), got {type(inner).__name__}."
+            "torch.nn.Module with forward(t, y), such as the class of your module, "
+            f"got {made!r:.100}."
         )
-    return ODENet(enter, inner, nn.Linear(width, n_outputs))
+    return made

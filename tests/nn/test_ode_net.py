@@ -84,8 +84,15 @@ def test_augmentation_needs_room():
 
 @pytest.mark.parametrize("product", [lambda t, y: y, None, 3, nn.Linear])
 def test_a_factory_returns_a_module(product):
-    with pytest.raises(TypeError, match=r"returns a torch\.nn\.Module f\(t, y\), got"):
+    with pytest.raises(TypeError, match=r"returns a torch\.nn\.Module with forward"):
         net(field=lambda width: product)
+
+
+def test_a_module_is_no_factory():
+    with pytest.raises(
+        TypeError, match=r"such as the class of your module, got Linear"
+    ):
+        net(field=nn.Linear(4, 4))
 
 
 def test_a_failed_row_raises():
