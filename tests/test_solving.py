@@ -41,6 +41,21 @@ def solved(model, X, **params):
 # ------------------------------------------------------- solver after the fit
 
 
+@BOTH
+def test_compiled_code_changes_a_fit_by_rounding_alone(make, table):
+    X, y = table()
+    tight = {"rtol": 1e-6, "max_iter": 3, "dtype": "float64"}
+    fast, twin = (make(compile=c, **tight).fit(X, y) for c in ("auto", False))
+    np.testing.assert_allclose(fast.loss_curve_, twin.loss_curve_, rtol=1e-9)
+    np.testing.assert_allclose(fast.transform(X), twin.transform(X), rtol=1e-7)
+
+
+def test_a_field_of_the_user_cannot_be_compiled():
+    X, y = curve()
+    with pytest.raises(ValueError, match="compile=True is not possible here: the fie"):
+        regressor(field=Spring, compile=True).fit(X, y)
+
+
 def test_tighter_tolerances_come_closer(lively):
     model, X = lively
     answer = solved(model, X, rtol=1e-9, atol=1e-9)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from skode._engine.dense import Events, Requests, powers, slopes_of_powers
-from skode._engine.kernel import Kernel
+from skode._engine.kernel import Evaluator, Kernel
 from skode._engine.plan import Plan
 from skode._engine.step import (
     Workspace,
@@ -78,6 +78,27 @@ def require_first_order(name: str) -> None:
         )
 
 
+def idle_gradient(
+    kernel: Evaluator, requests: Requests, grad: Tensor, y0: Tensor, y1: Tensor
+) -> Tensor:
+    """Return dL/d times, (B, T), of the times that no step reaches or leaves.
+
+    `grad` (B, T, D) is the cotangent of the states, y0 and y1 those at the ends.
+    """
+    times = requests.times
+    grad_t = torch.zeros_like(times)
+    for column, idle, y in zip((0, -1), requests.idle(), (y0, y1), strict=True):
+        if bool(idle.any()):
+            slope = torch.empty_like(y)
+            kernel.begin(times[:, column].to(y.dtype)[None])
+            kernel.evaluate(0, y, slope)
+            moved = torch.einsum("btd,bd->bt", grad, slope)
+            moved = torch.where(idle, moved, 0.0)
+            grad_t += moved
+            grad_t[:, column] -= moved.sum(dim=1)
+    return grad_t
+
+
 class _Reverse:
     """One backward pass over a tape."""
 
@@ -108,19 +129,9 @@ class _Reverse:
 
     def times(self, y0: Tensor, y1: Tensor) -> Tensor:
         """Return dL/d times, (B, T), after `run`."""
-        times = self._requests.times
-        for column, idle, y in zip(
-            (0, -1), self._requests.idle(), (y0, y1), strict=True
-        ):
-            if bool(idle.any()):
-                slope = torch.empty_like(y)
-                self.kernel.begin(times[:, column].to(y.dtype)[None])
-                self.kernel.evaluate(0, y, slope)
-                moved = torch.einsum("btd,bd->bt", self._grad, slope)
-                moved = torch.where(idle, moved, 0.0)
-                self._grad_t += moved
-                self._grad_t[:, column] -= moved.sum(dim=1)
-        return self._grad_t
+        return self._grad_t + idle_gradient(
+            self.kernel, self._requests, self._grad, y0, y1
+        )
 
     def _step(self, taken: Taken, u: Tensor) -> None:
         """Pull the cotangents u (A, D) of its rows back through one step, in place."""

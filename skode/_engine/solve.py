@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from skode._engine import compiled
 from skode._engine.adjoint import Adjoint
 from skode._engine.backprop import backprop
 from skode._engine.borrowed import BORROWED, Borrowed, Loan
@@ -36,6 +38,7 @@ def solve(
     step_size: float | None = None,
     max_steps: int = 10_000,
     gradient: str = "auto",
+    compile: bool | str = False,
 ) -> Solution:
     """Solve dy/dt = f(t, y) for a batch of rows, each with steps of its own.
 
@@ -72,6 +75,13 @@ def solve(
         "dopri5". Where autograd passes through torchdiffeq, the first of several
         equal times has all of their gradient.
 
+    compile : bool or "auto", default=False
+        Whether to run the whole solve in compiled code: a perceptron on a CPU, with a
+        method of our own, and the gradient "checkpoint" if one is wanted. The code is
+        compiled by the machine's C++ compiler when first asked for and kept on disk.
+        True: where that cannot be, say why. "auto": where it cannot be, solve as with
+        False.
+
     Returns
     -------
     Solution
@@ -102,6 +112,10 @@ def solve(
     else:
         plan = Plan(field, parsed, tolerance, params)
         forward, adjoint = plan.forward, gradient == "adjoint"
+    taped = wanted and gradient == "backprop"
+    code = _compiled_code(compile, plan, parsed, y0, taped)
+    if code is not None:
+        forward = partial(compiled.forward, plan, code)
     if not wanted:
         with torch.no_grad():
             ys, stats = forward(y0.detach(), times.detach())
@@ -112,6 +126,9 @@ def solve(
         ys, stats = forward(y0, times)
     elif gradient == "backprop":
         ys, stats = backprop(plan, y0, times)
+    elif code is not None:
+        ys, *columns = compiled.Compiled.apply(plan, code, y0, times, *params)  # type: ignore[no-untyped-call]
+        stats = Statistics(*columns)
     else:
         ys, *columns = Checkpoint.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
@@ -139,6 +156,37 @@ def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
             f"solver ({', '.join(ADAPTIVE)})."
         )
     return parsed
+
+
+def _compiled_code(
+    asked: bool | str, plan: Plan, parsed: Tableau | Borrowed, y0: Tensor, taped: bool
+) -> compiled.Code | None:
+    """Return what runs the solve in compiled code, if it is to.
+
+    Raises
+    ------
+    ValueError
+        If `asked` is no valid choice, or if it is True and that cannot be.
+    """
+    if asked not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', got {asked!r}.")
+    if not asked:
+        return None
+    found: compiled.Code | str
+    if isinstance(parsed, Borrowed):
+        found = "the method is not of our own"
+    elif taped:
+        found = "gradient='backprop' is autograd's, through operations of PyTorch"
+    else:
+        found = compiled.code(plan, y0)
+    if not isinstance(found, str):
+        return found
+    if asked is True:
+        raise ValueError(
+            f"compile=True is not possible here: {found}. compile='auto' solves "
+            "without compiled code where there is none."
+        )
+    return None
 
 
 def _borrowed_adjoint(method: str, borrowed: Borrowed, gradient: str) -> bool:
