@@ -65,7 +65,7 @@ class MLPField(nn.Module):
         return slope
 
     def perceptron(self) -> tuple[Tensors, Tensors, Tensors, str]:
-        """Return weights, biases, shifts and activation, as compiled code takes them."""
+        """Return weights, biases, shifts and activation, for compiled code."""
         weights, biases, shifts = map(_own, (self.weights, self.biases, self.shifts))
         return weights, biases, shifts, self.activation
 
