@@ -198,9 +198,9 @@ def _processor() -> str:
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     loaded.skode_tile.restype = ctypes.c_int
-    loaded.skode_begin.argtypes = [ctypes.c_void_p]
+    loaded.skode_begin.argtypes = [ctypes.c_char_p]
     loaded.skode_begin.restype = ctypes.c_void_p
-    loaded.skode_begin_backward.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    loaded.skode_begin_backward.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     loaded.skode_begin_backward.restype = ctypes.c_int
     for advance in (loaded.skode_forward, loaded.skode_backward):
         advance.argtypes = [ctypes.c_void_p, ctypes.c_double]

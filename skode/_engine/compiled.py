@@ -7,6 +7,8 @@ and `checkpoint`.
 """
 
 import ctypes
+import struct
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,38 +35,9 @@ _WORTH_A_THREAD = 2**18
 _REAL = {torch.float32: "float", torch.float64: "double"}
 _OUT_OF_MEMORY = 2
 
-_Address = ctypes.c_void_p
-_Integer = ctypes.c_int64
-_Real = ctypes.c_double
-
-
-class _Spec(ctypes.Structure):
-    """As in `cpp/spec.hpp`."""
-
-    _fields_ = (
-        *((name, _Address) for name in ("weights", "biases", "shifts", "widths")),
-        ("depth", _Integer),
-        *((name, _Address) for name in ("a", "b", "b_err", "c", "dense")),
-        *((name, _Integer) for name in ("stages", "order", "powers")),
-        ("error_constant", _Real),
-        *((name, _Real) for name in ("rtol", "atol", "step_size", "resolution")),
-        ("max_steps", _Integer),
-        *((name, _Integer) for name in ("rows", "times", "state")),
-        *((name, _Integer) for name in ("time_stride_row", "time_stride")),
-        *((name, _Address) for name in ("y0", "t", "ys", "reached")),
-        *((name, _Address) for name in ("status", "accepted", "rejected", "nfe")),
-        *((name, _Integer) for name in ("record", "threads")),
-    )
-
-
-class _Cotangents(ctypes.Structure):
-    """As in `cpp/spec.hpp`."""
-
-    _fields_ = (
-        *((name, _Address) for name in ("grad_ys", "grad_y0", "grad_t", "t")),
-        *((name, _Integer) for name in ("time_stride_row", "time_stride")),
-        *((name, _Address) for name in ("weights", "biases", "shifts")),
-    )
+# The structures of `cpp/spec.hpp`, member by member.
+_SPEC = struct.Struct("4P q 5P 3q 5d q 3q 2q 8P 2q")
+_COTANGENTS = struct.Struct("4P 2q 3P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +117,7 @@ class _Program:
         self._widths = perceptron.widths
         y0 = y0.contiguous()
         rows, state = y0.shape
-        self._times, self._strides = _doubles(times)
+        self._times = _Times.of(times)
         self._ys = y0.new_empty(rows, times.shape[1], state)
         self._reached = torch.empty(rows, dtype=torch.float64)
         self._time_dtype = times.dtype
@@ -153,11 +126,11 @@ class _Program:
         biases = [bias.contiguous() for bias in perceptron.biases]
         shifts = [shift.contiguous() for shift in perceptron.shifts]
         layers = [_addresses(x) for x in (weights, biases, shifts)]
-        widths = _integers(perceptron.widths)
+        widths = array("q", perceptron.widths)
         tolerance, method = plan.tolerance, _method(plan.tableau)
-        spec = _Spec(
-            *map(ctypes.addressof, layers),
-            ctypes.addressof(widths),
+        spec = _SPEC.pack(
+            *map(_address, layers),
+            _address(widths),
             len(weights),
             *method.addresses,
             *method.numbers,
@@ -169,17 +142,17 @@ class _Program:
             rows,
             times.shape[1],
             state,
-            *self._strides,
+            *self._times.strides,
             y0.data_ptr(),
-            self._times.data_ptr(),
+            self._times.address,
             self._ys.data_ptr(),
             self._reached.data_ptr(),
-            *(column.data_ptr() for column in self._counts),
+            *(self._counts.data_ptr() + 8 * rows * n for n in range(4)),
             record,
             _threads(perceptron, rows, self._library.skode_tile()),
         )
         # The solve copies the layers, the method and this structure; not the batch.
-        self._handle = self._library.skode_begin(ctypes.addressof(spec))
+        self._handle = self._library.skode_begin(spec)
         if not self._handle:
             raise MemoryError(_NO_MEMORY)
         self._held: Tensor | None = y0
@@ -205,16 +178,15 @@ class _Program:
         grads = self._zeros(grad) if trained else ()
         depth = len(self._widths) - 1
         layers = [_addresses(grads[n * depth : (n + 1) * depth]) for n in range(3)]
-        cotangents = _Cotangents(
+        cotangents = _COTANGENTS.pack(
             grad.data_ptr(),
             grad_y0.data_ptr(),
-            None if grad_t is None else grad_t.data_ptr(),
-            self._times.data_ptr(),
-            *self._strides,
-            *(map(ctypes.addressof, layers) if trained else (None, None, None)),
+            0 if grad_t is None else grad_t.data_ptr(),
+            self._times.address,
+            *self._times.strides,
+            *(map(_address, layers) if trained else (0, 0, 0)),
         )
-        address = ctypes.addressof(cotangents)
-        if self._library.skode_begin_backward(self._handle, address):
+        if self._library.skode_begin_backward(self._handle, cotangents):
             raise MemoryError(_NO_MEMORY)
         self._advance(self._library.skode_backward)
         return grad_y0, grad_t, grads
@@ -244,19 +216,30 @@ class _Program:
 _NO_MEMORY = "There is no memory for the steps of the solve: pass fewer rows at once."
 
 
-def _doubles(times: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Return times (B, T) as doubles, stored once where shared, and their strides."""
-    shared = times.stride(0) == 0 or times.shape[0] == 1
-    stored = times[:1].double().contiguous() if shared else times.double().contiguous()
-    return stored, (0 if shared else times.shape[1], 1)
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Times (B, T) as doubles, stored once where all rows share them."""
+
+    held: "array[float] | Tensor"
+    address: int
+    strides: tuple[int, int]
+
+    @classmethod
+    def of(cls, times: Tensor) -> "_Times":
+        """Convert times (B, T)."""
+        if times.stride(0) == 0:
+            shared = array("d", times[0].tolist())
+            return cls(shared, _address(shared), (0, 1))
+        doubles = times.double().contiguous()
+        return cls(doubles, doubles.data_ptr(), (times.shape[1], 1))
 
 
-def _addresses(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
-    return (_Address * len(tensors))(*(x.data_ptr() for x in tensors))
+def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
+    return array("Q", [x.data_ptr() for x in tensors])
 
 
-def _integers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
-    return (_Integer * len(values))(*values)
+def _address(stored: "array[Any]") -> int:
+    return stored.buffer_info()[0]
 
 
 class _Method:
@@ -273,8 +256,8 @@ class _Method:
             [row[p] for p in range(len(tableau.dense[0])) for row in tableau.dense],
         )
         self.numbers = (n, tableau.order, len(tableau.dense[0]), tableau.error_constant)
-        self._arrays = [(_Real * len(table))(*table) for table in tables]
-        self.addresses = [ctypes.addressof(x) if len(x) else None for x in self._arrays]
+        self._arrays = [array("d", table) for table in tables]
+        self.addresses = [_address(x) if x else 0 for x in self._arrays]
 
 
 @lru_cache(maxsize=64)
