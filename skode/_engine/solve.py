@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from skode._engine.borrowed import BORROWED, Borrowed, Loan
 from skode._engine.checkpoint import Checkpoint
 from skode._engine.kernel import Field
 from skode._engine.plan import Plan
+from skode._engine.reversible import Reversible, reversible
 from skode._engine.solution import Solution, Statistics, Tolerance
 from skode._engine.tableau import TABLEAUX, Tableau
 
@@ -21,7 +23,7 @@ FIXED_STEP = (
     *(name for name, borrowed in BORROWED.items() if borrowed.fixed_step),
 )
 ADAPTIVE = tuple(name for name in METHODS if name not in FIXED_STEP)
-GRADIENTS = ("auto", "checkpoint", "adjoint", "backprop")
+GRADIENTS = ("auto", "checkpoint", "adjoint", "reversible", "backprop")
 
 
 def solve(
@@ -102,6 +104,8 @@ def solve(
     else:
         plan = Plan(field, parsed, tolerance, params)
         forward, adjoint = plan.forward, gradient == "adjoint"
+        if gradient == "reversible":  # a scheme of its own, differentiated or not
+            forward = partial(reversible, plan)
     if not wanted:
         with torch.no_grad():
             ys, stats = forward(y0.detach(), times.detach())
@@ -110,6 +114,9 @@ def solve(
         stats = Statistics(*columns)
     elif isinstance(parsed, Borrowed):
         ys, stats = forward(y0, times)
+    elif gradient == "reversible":
+        ys, *columns = Reversible.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
+        stats = Statistics(*columns)
     elif gradient == "backprop":
         ys, stats = backprop(plan, y0, times)
     else:
@@ -143,6 +150,11 @@ def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
 
 def _borrowed_adjoint(method: str, borrowed: Borrowed, gradient: str) -> bool:
     """Return whether gradients pass by the adjoint, or by autograd."""
+    if gradient == "reversible":
+        raise ValueError(
+            f"gradient='reversible' needs a solver of our own ({', '.join(TABLEAUX)}), "
+            f"got solver={method!r}: use gradient='auto'."
+        )
     if gradient == "auto":
         return not borrowed.differentiable
     if not borrowed.differentiable and gradient != "adjoint":
