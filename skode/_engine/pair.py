@@ -16,10 +16,11 @@ determinant lambda: what parts the two states is damped by lambda forwards, and 
 grows by 1 / lambda backwards. The authors keep lambda constant, so that rounding grows
 without bound in the number of steps, as lambda^-n. Here
 
-    lambda = exp(-DAMPING |h| / |t1 - t0|)
+    lambda = exp(-d |h| / |t1 - t0|),    d = 8 in float32, 12 in float64,
 
-so that over a whole solve the damping and the growth are those of exp(DAMPING), however
-many the steps, and a step of length 0 is the identity.
+so that over a whole solve the damping and the growth are those of exp(d), however many
+the steps, and a step of length 0 is the identity. Rounding then reaches 2e-4 of the
+state in float32 and 4e-11 in float64; a larger d would be more stable, and less exact.
 """
 
 import torch
@@ -29,13 +30,13 @@ from skode._engine.kernel import Evaluator
 from skode._engine.step import Workspace, fill_stages, stage_times
 from skode._engine.tableau import Coefficients
 
-DAMPING = 5.0
-"""Rounding grows by at most e^5 = 150 backwards: 1e-5 of the state in float32."""
+
+_DAMPING = {torch.float32: 8.0, torch.float64: 12.0}
 
 
 def coupling(share: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return lambda and 1 - lambda, both (A, 1), of steps that are `share` of a span."""
-    rate = share.to(dtype)[:, None] * -DAMPING
+    """Return lambda and 1 - lambda, (A, 1), of steps that are `share` of the span."""
+    rate = share.to(dtype)[:, None] * -_DAMPING[dtype]
     return torch.exp(rate), torch.expm1(rate).neg_()
 
 

@@ -22,6 +22,11 @@ from skode._engine.trail import COARSE, ChosenTrail, EvenTrail, Spans, Stride, T
 _WORTH_COMPACTING = 512
 """Numbers of state; fewer cost less to carry along than to sort out."""
 
+_FARTHEST = 100.0
+"""Of the two states of a pair from each other, in units of the tolerance. Where the
+scheme is stable they differ by the errors made on the way, some 10 at most; where it is
+not, exponentially, and steps would be refused on their account without end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Walked:
@@ -75,6 +80,7 @@ def march_pair(
         trail.reached += moved
         finite &= moved | (n >= taken)
     status = torch.zeros_like(steps, dtype=torch.int8)
+    status.masked_fill_(_parted(spans.part(y0), y, z), Status.PARTED)
     status.masked_fill_(steps > tolerance.max_steps, Status.MAX_STEPS)
     status.masked_fill_(~finite, Status.NON_FINITE)
     t = torch.addcmul(spans.t0, spans.length, trail.reached / whole)
@@ -210,8 +216,10 @@ def _attempt(means: _Means, walk: _Walk, alive: int, attempt: int) -> int:
     ratio = means.norm.ratio(pair.error(stride.h), y, y1)
     ratio += (z1 * 0).sum(dim=1)  # not a number where z1 is none
     accept, walk.share, walk.memory = means.controller.decide(ratio, share, walk.memory)
-    counts = torch.stack((accept, after > 0)).sum(dim=1)
-    accepted, going = counts.tolist()  # the one host sync of a step
+    parted = accept & (means.norm.ratio(y1 - z1, y, y1) > _FARTHEST)
+    accept &= ~parted
+    counts = torch.stack((accept, after > 0, parted)).sum(dim=1)
+    accepted, going, lost = counts.tolist()  # the one host sync of a step
     live = left > 0
     moved = accept & live
     _tell(means, walk, replace(stride, moved=moved), last if going < alive else None)
@@ -225,6 +233,8 @@ def _attempt(means: _Means, walk: _Walk, alive: int, attempt: int) -> int:
     walk.y, walk.z = torch.where(wide, y1, y), torch.where(wide, z1, z)
     refused = live & ~accept
     walk.rejected = walk.rejected + refused
+    if lost:
+        walk.fail(parted & live, walk.status.new_tensor(int(Status.PARTED)))
     _give_up(walk, refused, pair.k, y1, z1)
     going = int(torch.count_nonzero(walk.left))  # host sync, only after a refusal
     if going < alive:
@@ -261,7 +271,7 @@ def _give_up(walk: _Walk, refused: Tensor, k: Tensor, y1: Tensor, z1: Tensor) ->
     spans = walk.spans
     size = torch.maximum(spans.t0.abs(), spans.t1.abs()) / spans.length.abs()
     ulp = size.clamp_(min=1.0).mul_(torch.finfo(size.dtype).eps)
-    ended = refused & (walk.share <= 16 * ulp)
+    ended = refused & (walk.share <= 16 * ulp) & (walk.left > 0)
     if not bool(ended.any()):  # host sync, only after a refusal
         return
     finite = _finite(y1) & _finite(z1) & _finite(k.sum(dim=0))
@@ -325,8 +335,6 @@ def _finish(
     trail: Trail,
 ) -> Walked:
     """Add the rows that had nowhere to go."""
-    parted = (part.status == Status.SUCCESS) & _parted(spans.part(y0), y, z)
-    part = replace(part, status=part.status.masked_fill(parted, Status.PARTED))
     if spans.rows is None:
         return Walked(y, z, part, trail)
     none = torch.zeros_like(t1, dtype=torch.int64)
@@ -340,12 +348,10 @@ def _finish(
 def _parted(y0: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """Return in which rows (A,) the two states have nothing to do with each other.
 
-    An unstable solve parts them exponentially; where the field is bounded, it does so
-    without ever leaving the finite numbers.
+    Even steps promise no error that they could be measured by.
     """
-    size = torch.maximum(y.abs().amax(dim=1), z.abs().amax(dim=1))
-    size = torch.maximum(size, y0.abs().amax(dim=1))
-    return (y - z).abs().amax(dim=1) > 0.5 * size
+    size = torch.stack([x.abs().amax(dim=1) for x in (y0, y, z)]).amax(dim=0)
+    return (y - z).abs().amax(dim=1) > size
 
 
 def _finite(y: Tensor) -> Tensor:

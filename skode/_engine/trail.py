@@ -46,12 +46,15 @@ class Stride:
 
     def only(self, keep: Tensor) -> "Stride":
         """Return the step of some of its rows (indices, ascending), which all move."""
-        columns = (self.t, self.t1, self.h, self.share, self.left)
         return Stride(
-            keep if self.rows is None else self.rows[keep],
-            None,
-            *(column.index_select(0, keep) for column in columns),
-            None if self.events is None else self.events.only(keep),
+            rows=keep if self.rows is None else self.rows[keep],
+            moved=None,
+            t=self.t.index_select(0, keep),
+            t1=self.t1.index_select(0, keep),
+            h=self.h.index_select(0, keep),
+            share=self.share.index_select(0, keep),
+            left=self.left.index_select(0, keep),
+            events=None if self.events is None else self.events.only(keep),
         )
 
 
