@@ -20,8 +20,16 @@ from skode._nn.fields import MLPField
 
 B, D, H = 256, 16, 64
 STEPS = (10, 100, 1_000, 10_000)
-GRADIENTS = {"checkpoint": 10_000, "adjoint": 10_000, "backprop": 1_000}
+GRADIENTS = {
+    "checkpoint": 10_000,
+    "adjoint": 10_000,
+    "reversible": 10_000,
+    "reversible, adaptive": 10_000,
+    "backprop": 1_000,
+}
 """Each with the most steps that it is asked for."""
+TOLERANCES = {1: 1.0, 10: 6e-4, 100: 1.4e-6, 1_000: 1.1e-8, 10_000: 1.2e-10}
+"""With which `adaptive_heun` takes about so many steps, in float64."""
 
 
 def gradient(name: str, steps: int) -> None:

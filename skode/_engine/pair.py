@@ -30,7 +30,6 @@ from skode._engine.kernel import Evaluator
 from skode._engine.step import Workspace, fill_stages, stage_times
 from skode._engine.tableau import Coefficients
 
-
 _DAMPING = {torch.float32: 8.0, torch.float64: 12.0}
 
 

@@ -68,10 +68,13 @@ class Reversible(torch.autograd.Function):
         y0, y, z, status, times, *_params = ctx.saved_tensors
         needs_times = ctx.needs_input_grad[2]
         with torch.no_grad():
-            reverse = _Reverse(ctx.plan, Requests(times), grad, needs_times)
-            # 0 times the slope of a row that failed may not be 0.
-            careful = not reverse.kernel.bounded or bool((status != 0).any())
-            grad_y0 = reverse.run(y, z, ctx.trail, careful)
+            requests, sound = Requests(times), status == 0
+            if bool(sound.all()):  # host sync, once per solve
+                sound = None
+            else:
+                _refuse_lost(requests, grad, ~sound)
+            reverse = _Reverse(ctx.plan, requests, grad, needs_times)
+            grad_y0 = reverse.run(y, z, ctx.trail, sound)
             grad_times = reverse.times(y0, y) if needs_times else None
         return None, grad_y0, grad_times, *reverse.kernel.gradients()
 
@@ -97,6 +100,22 @@ def walk(plan: Plan, y0: Tensor, times: Tensor) -> tuple[Tensor, Walked]:
     return requests.fill(y0, shown, None if dense is None else dense.ys), walked
 
 
+def _refuse_lost(requests: Requests, grad: Tensor, lost: Tensor) -> None:
+    """Raise where the loss looks at what rows (B,) that failed had reached.
+
+    Next to a pole, or where the two states have parted, no digit of the states before
+    can be found from those behind.
+    """
+    used = (grad != 0).any(dim=2) & ~requests.at_start
+    rows = torch.nonzero(lost & used.any(dim=1))[:, 0].tolist()
+    if rows:
+        raise RuntimeError(
+            f"gradient='reversible' cannot walk back rows that failed, and the loss "
+            f"uses their states: rows {rows[:10]}. Leave rows out whose status is not "
+            f"0, call require_success, or take gradient='checkpoint'."
+        )
+
+
 class _Reverse:
     """One way back."""
 
@@ -108,10 +127,10 @@ class _Reverse:
         self._grad_t = torch.zeros_like(requests.times)
         self.kernel: Kernel = plan.kernel()
 
-    def run(self, y: Tensor, z: Tensor, trail: Trail, careful: bool) -> Tensor:
+    def run(self, y: Tensor, z: Tensor, trail: Trail, sound: Tensor | None) -> Tensor:
         """Return dL/dy0; leave dL/dtheta in the kernel, dL/dt in the fields.
 
-        `careful`: rows that wait take no part, however few they are.
+        `sound` (B,) tells which rows have a way back; None: all.
         """
         requests, grad = self._requests, self._grad
         self._coef = self._plan.coefficients(y, requests.times)
@@ -125,7 +144,7 @@ class _Reverse:
                     whole.index_copy_(1, rows, part)
                 rows = stride.rows
                 part = whole if rows is None else whole.index_select(1, rows)
-            self._stride(stride, part, careful)
+            self._stride(stride, part, sound)
         if rows is not None:
             whole.index_copy_(1, rows, part)
         return whole[2] + whole[3] + requests.sum_at_start(grad)
@@ -135,13 +154,19 @@ class _Reverse:
         add_idle_times(self._requests, self.kernel, self._grad, y0, y1, self._grad_t)
         return self._grad_t
 
-    def _stride(self, stride: Stride, part: Tensor, careful: bool) -> None:
+    def _stride(self, stride: Stride, part: Tensor, sound: Tensor | None) -> None:
         """Walk the rows that moved back; leave the others, or have them step by 0."""
         moved = stride.moved
+        if sound is not None:
+            sound = sound if stride.rows is None else sound[stride.rows]
+            moved = sound if moved is None else moved & sound
         if moved is not None:
             waiting = len(moved) - int(torch.count_nonzero(moved))  # host sync
-            many = waiting * part.shape[2] >= _WORTH_GATHERING
-            if waiting and (careful or many):
+            if waiting == len(moved):
+                return
+            # 0 times a slope that is not finite would not be 0.
+            few = waiting * part.shape[2] < _WORTH_GATHERING
+            if waiting and not (few and self.kernel.bounded and sound is None):
                 keep = torch.nonzero(moved)[:, 0]
                 gathered = part.index_select(1, keep)
                 self._step(stride.only(keep), gathered)
