@@ -63,12 +63,18 @@ def solve(
         divided evenly. Adaptive methods choose their own steps and ignore it.
     max_steps : int, default=10_000
         Attempts a row may take; then its status is `MAX_STEPS`.
-    gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
+    gradient : {"auto", "checkpoint", "adjoint", "reversible", "backprop"}, \
+            default="auto"
         How gradients pass the solve. "checkpoint": exact gradient of the computed
         solution; memory for one state per step, and for the stages of small steps
         (two million numbers at most). "adjoint": continuous adjoint, exact up to the
-        tolerance; memory constant in the number of steps. "backprop": autograd
-        through every operation; the only one that can be differentiated again.
+        tolerance; memory constant in the number of steps. "reversible": exact
+        gradient of a solution by other steps, which can be walked back; they cost
+        twice as much, are less stable, and are taken where no gradient is wanted,
+        too; memory for two bytes per row and step of an adaptive method, and for
+        nothing per step of one of fixed steps; methods of our own only. "backprop":
+        autograd through every operation; the only one that can be differentiated
+        again.
         "auto": "checkpoint" for methods of our own, "backprop" for torchdiffeq's,
         "adjoint" for SciPy's. The adjoint of those that are not our own is solved by
         "dopri5". Where autograd passes through torchdiffeq, the first of several
