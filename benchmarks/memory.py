@@ -54,7 +54,7 @@ def gradient(name: str, steps: int) -> None:
         gradient=name,
     ).require_success()
     taken = int(solution.stats.n_accepted.max())
-    assert taken == steps or adaptive and taken > steps / 2, taken
+    assert taken == steps or (adaptive and taken > steps / 2), taken
     torch.autograd.grad(solution.y1.square().sum(), (y0, *params))
 
 

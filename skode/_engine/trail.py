@@ -125,7 +125,7 @@ class EvenTrail:
         """Return step n, counted from 0, of rows of which some do not move (A,)."""
         left = ((self.steps - n) / self.steps).clamp_(min=0.0)
         after = ((self.steps - (n + 1)) / self.steps).clamp_(min=0.0)
-        share = 1.0 / self.steps
+        share = self.steps.reciprocal()
         if moved is not None:
             share = share * moved
         return replace(self.spans.stride(left, after, share), moved=moved)
