@@ -27,7 +27,7 @@ from skode._engine.solve import solve
 from skode._nn.fields import MLPField
 
 SIZES = ((32, 8, 32), (256, 16, 64), (1024, 32, 128), (8192, 32, 128))
-GRADIENTS = ("checkpoint", "adjoint", "reversible", "backprop")
+GRADIENTS = ("checkpoint", "adjoint", "backprop")
 STAGES = 6  # of dopri5
 ROUNDS, BUDGET = 15, 8.0  # at most this many rounds, or seconds, per case
 
