@@ -78,7 +78,9 @@ class _ODEEstimator(
         "atol": [positive(closed="left"), None],
         "step_size": [positive(), None],
         "max_steps": [at_least(1)],
-        "gradient": [choice(("auto", "checkpoint", "adjoint", "backprop"))],
+        "gradient": [
+            choice(("auto", "checkpoint", "adjoint", "reversible", "backprop"))
+        ],
         "compile": ["boolean", choice(("auto",))],
         "optimizer": [choice(("adam", "sgd"))],
         "alpha": [positive(closed="left")],
@@ -239,11 +241,14 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         ignore it. May be changed after `fit`.
     max_steps : int, default=1000
         Steps that a row may attempt. May be changed after `fit`.
-    gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
+    gradient : {"auto", "checkpoint", "adjoint", "reversible", "backprop"}, \
+            default="auto"
         How gradients pass the solver: "checkpoint" is exact for the computed solution
         and stores the state of each step; "adjoint" solves the adjoint ODE backwards
-        in constant memory; "backprop" is plain autograd. "auto" is "checkpoint" where
-        the solver allows it.
+        in constant memory; "reversible" is exact in nearly constant memory, by steps
+        of its own, in `fit` and in `predict`, that cost twice as much and are less
+        stable; "backprop" is plain autograd. "auto" is "checkpoint" where the solver
+        allows it.
     compile : bool or "auto", default="auto"
         Whether to solve in compiled code, several times faster on a CPU: for the field
         made here (`field` None) and the solvers listed first. The machine's C++
@@ -685,11 +690,14 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         ignore it. May be changed after `fit`.
     max_steps : int, default=1000
         Steps that a row may attempt. May be changed after `fit`.
-    gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
+    gradient : {"auto", "checkpoint", "adjoint", "reversible", "backprop"}, \
+            default="auto"
         How gradients pass the solver: "checkpoint" is exact for the computed solution
         and stores the state of each step; "adjoint" solves the adjoint ODE backwards
-        in constant memory; "backprop" is plain autograd. "auto" is "checkpoint" where
-        the solver allows it.
+        in constant memory; "reversible" is exact in nearly constant memory, by steps
+        of its own, in `fit` and in `predict`, that cost twice as much and are less
+        stable; "backprop" is plain autograd. "auto" is "checkpoint" where the solver
+        allows it.
     compile : bool or "auto", default="auto"
         Whether to solve in compiled code, several times faster on a CPU: for the field
         made here (`field` None) and the solvers listed first. The machine's C++

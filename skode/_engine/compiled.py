@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from skode._engine.build import BuildError, library
-from skode._engine.checkpoint import idle_gradient, require_first_order
+from skode._engine.checkpoint import add_idle_times, require_first_order
 from skode._engine.dense import Requests
 from skode._engine.kernel import Perceptron
 from skode._engine.plan import Plan
@@ -94,9 +94,9 @@ class Compiled(torch.autograd.Function):
         with torch.no_grad():
             grad_y0, grad_times, grads = ctx.program.backward(grad, timed, any(trained))
             if grad_times is not None:
-                kernel, requests = ctx.plan.untrained_kernel(), Requests(times)
-                grad_times += idle_gradient(kernel, requests, grad, y0, more[0])
                 grad_times = grad_times.to(times.dtype)
+                kernel, requests = ctx.plan.untrained_kernel(), Requests(times)
+                add_idle_times(requests, kernel, grad, y0, more[0], grad_times)
         return None, None, grad_y0, grad_times, *(grads or (None,) * len(trained))
 
 

@@ -14,6 +14,7 @@ from skode._engine.borrowed import BORROWED, Borrowed, Loan
 from skode._engine.checkpoint import Checkpoint
 from skode._engine.kernel import Field
 from skode._engine.plan import Plan
+from skode._engine.reversible import Reversible, reversible
 from skode._engine.solution import Solution, Statistics, Tolerance
 from skode._engine.tableau import TABLEAUX, Tableau
 
@@ -23,7 +24,7 @@ FIXED_STEP = (
     *(name for name, borrowed in BORROWED.items() if borrowed.fixed_step),
 )
 ADAPTIVE = tuple(name for name in METHODS if name not in FIXED_STEP)
-GRADIENTS = ("auto", "checkpoint", "adjoint", "backprop")
+GRADIENTS = ("auto", "checkpoint", "adjoint", "reversible", "backprop")
 
 
 def solve(
@@ -64,12 +65,18 @@ def solve(
         divided evenly. Adaptive methods choose their own steps and ignore it.
     max_steps : int, default=10_000
         Attempts a row may take; then its status is `MAX_STEPS`.
-    gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
+    gradient : {"auto", "checkpoint", "adjoint", "reversible", "backprop"}, \
+            default="auto"
         How gradients pass the solve. "checkpoint": exact gradient of the computed
         solution; memory for one state per step, and for the stages of small steps
         (two million numbers at most). "adjoint": continuous adjoint, exact up to the
-        tolerance; memory constant in the number of steps. "backprop": autograd
-        through every operation; the only one that can be differentiated again.
+        tolerance; memory constant in the number of steps. "reversible": exact
+        gradient of a solution by other steps, which can be walked back; they cost
+        twice as much, are less stable, and are taken where no gradient is wanted,
+        too; memory for two bytes per row and step of an adaptive method, and for
+        nothing per step of one of fixed steps; methods of our own only. "backprop":
+        autograd through every operation; the only one that can be differentiated
+        again.
         "auto": "checkpoint" for methods of our own, "backprop" for torchdiffeq's,
         "adjoint" for SciPy's. The adjoint of those that are not our own is solved by
         "dopri5". Where autograd passes through torchdiffeq, the first of several
@@ -112,8 +119,10 @@ def solve(
     else:
         plan = Plan(field, parsed, tolerance, params)
         forward, adjoint = plan.forward, gradient == "adjoint"
+        if gradient == "reversible":  # a scheme of its own, differentiated or not
+            forward = partial(reversible, plan)
     taped = wanted and gradient == "backprop"
-    code = _compiled_code(compile, plan, parsed, y0, taped)
+    code = _compiled_code(compile, plan, parsed, y0, gradient, taped)
     if code is not None:
         forward = partial(compiled.forward, plan, code)
     if not wanted:
@@ -124,6 +133,9 @@ def solve(
         stats = Statistics(*columns)
     elif isinstance(parsed, Borrowed):
         ys, stats = forward(y0, times)
+    elif gradient == "reversible":
+        ys, *columns = Reversible.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
+        stats = Statistics(*columns)
     elif gradient == "backprop":
         ys, stats = backprop(plan, y0, times)
     elif code is not None:
@@ -159,7 +171,12 @@ def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
 
 
 def _compiled_code(
-    asked: bool | str, plan: Plan, parsed: Tableau | Borrowed, y0: Tensor, taped: bool
+    asked: bool | str,
+    plan: Plan,
+    parsed: Tableau | Borrowed,
+    y0: Tensor,
+    gradient: str,
+    taped: bool,
 ) -> compiled.Code | None:
     """Return what runs the solve in compiled code, if it is to.
 
@@ -175,6 +192,8 @@ def _compiled_code(
     found: compiled.Code | str
     if isinstance(parsed, Borrowed):
         found = "the method is not of our own"
+    elif gradient == "reversible":
+        found = "gradient='reversible' takes steps of its own"
     elif taped:
         found = "gradient='backprop' is autograd's, through operations of PyTorch"
     else:
@@ -191,6 +210,11 @@ def _compiled_code(
 
 def _borrowed_adjoint(method: str, borrowed: Borrowed, gradient: str) -> bool:
     """Return whether gradients pass by the adjoint, or by autograd."""
+    if gradient == "reversible":
+        raise ValueError(
+            f"gradient='reversible' needs a solver of our own ({', '.join(TABLEAUX)}), "
+            f"got solver={method!r}: use gradient='auto'."
+        )
     if gradient == "auto":
         return not borrowed.differentiable
     if not borrowed.differentiable and gradient != "adjoint":

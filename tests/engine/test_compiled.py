@@ -361,6 +361,7 @@ def own(t, y):
         (own, {}, "not a multilayer perceptron"),
         (None, {"method": "implicit_adams"}, "not of our own"),
         (None, {"gradient": "backprop"}, "autograd"),
+        (None, {"gradient": "reversible"}, "steps of its own"),
     ],
 )
 def test_true_says_what_is_in_the_way_and_auto_goes_round_it(field, how, message):
