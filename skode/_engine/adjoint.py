@@ -17,6 +17,7 @@ of the computed one. B rows, A of them stepping, T times, D state, S stages.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,7 +127,9 @@ class _Backwards:
     """One backward pass over the requested times."""
 
     def __init__(self, plan: Plan, ys: Tensor, times: Tensor, grad: Tensor) -> None:
-        self._plan, self._ys, self._times, self._grad = plan, ys, times, grad
+        tolerance = replace(plan.tolerance, parts=plan.tolerance.parts * 2)
+        self._plan = plan = replace(plan, tolerance=tolerance)
+        self._ys, self._times, self._grad = ys, times, grad
         self.quadrature = plan.kernel()
 
     def run(self) -> Tensor:

@@ -120,7 +120,12 @@ class AutogradKernel:
             out.zero_()
             return
         grads = torch.autograd.grad(
-            dy, (y, t, *trained), self._cotangents[slot].clone(), allow_unused=True
+            dy,
+            (y, t, *trained),
+            self._cotangents[slot].clone(),
+            # What the field computed before the solve serves all stages.
+            retain_graph=True,
+            allow_unused=True,
         )
         found = iter(grads[2:])
         self._pulled[slot] = (

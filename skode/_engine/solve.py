@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,18 @@ FIXED_STEP = (
     *(name for name, borrowed in BORROWED.items() if borrowed.fixed_step),
 )
 ADAPTIVE = tuple(name for name in METHODS if name not in FIXED_STEP)
+OWN = TABLEAUX
 GRADIENTS = ("auto", "checkpoint", "adjoint", "backprop")
+
+
+@dataclass(frozen=True, slots=True)
+class AdjointSolve:
+    """How to solve backwards in time, where not as forwards."""
+
+    method: str
+    """One of `OWN`."""
+    rtol: float
+    atol: float
 
 
 def solve(
@@ -36,6 +48,9 @@ def solve(
     step_size: float | None = None,
     max_steps: int = 10_000,
     gradient: str = "auto",
+    first_step: float | None = None,
+    parts: Sequence[int] = (),
+    adjoint: AdjointSolve | None = None,
 ) -> Solution:
     """Solve dy/dt = f(t, y) for a batch of rows, each with steps of its own.
 
@@ -71,6 +86,13 @@ def solve(
         "adjoint" for SciPy's. The adjoint of those that are not our own is solved by
         "dopri5". Where autograd passes through torchdiffeq, the first of several
         equal times has all of their gradient.
+    first_step : float or None, default=None
+        First step that an adaptive method tries; None: chosen for each row.
+    parts : sequence of int, default=()
+        Sizes of parts of the state, which sum to D: the error norm is then the largest
+        of the parts' root mean squares.
+    adjoint : AdjointSolve or None, default=None
+        How ``gradient="adjoint"`` solves backwards; None: as forwards.
 
     Returns
     -------
@@ -85,10 +107,12 @@ def solve(
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}.")
-    tolerance = Tolerance(rtol, atol, step_size, max_steps)
+    tolerance = Tolerance(rtol, atol, step_size, max_steps, first_step, tuple(parts))
     parsed = parse_method(method, step_size)
     times = _parse_times(y0, t)
     params = tuple(params)
+    if parts and sum(parts) != y0.shape[1]:
+        raise ValueError(f"parts must sum to {y0.shape[1]}, got {tuple(parts)}.")
     if len(y0) == 0:
         return _nothing(y0, times, tolerance)
     wanted = torch.is_grad_enabled() and any(
@@ -96,16 +120,18 @@ def solve(
     )
     if isinstance(parsed, Borrowed):
         forward = Loan(field, parsed, tolerance).run
-        adjoint = _borrowed_adjoint(method, parsed, gradient)
+        by_adjoint = _borrowed_adjoint(method, parsed, gradient)
         # Explicit steps with an error estimate suit the adjoint of any method.
         plan = Plan(field, TABLEAUX["dopri5"], tolerance, params)
     else:
         plan = Plan(field, parsed, tolerance, params)
-        forward, adjoint = plan.forward, gradient == "adjoint"
+        forward, by_adjoint = plan.forward, gradient == "adjoint"
     if not wanted:
         with torch.no_grad():
             ys, stats = forward(y0.detach(), times.detach())
-    elif adjoint:
+    elif by_adjoint:
+        if adjoint is not None:
+            plan = _backwards(plan, adjoint)
         ys, *columns = Adjoint.apply(forward, plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
     elif isinstance(parsed, Borrowed):
@@ -116,6 +142,13 @@ def solve(
         ys, *columns = Checkpoint.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
     return Solution(ys, stats, tolerance, fixed_step=method in FIXED_STEP)
+
+
+def _backwards(plan: Plan, adjoint: AdjointSolve) -> Plan:
+    tolerance = replace(
+        plan.tolerance, rtol=adjoint.rtol, atol=adjoint.atol, first_step=None
+    )
+    return replace(plan, tableau=OWN[adjoint.method], tolerance=tolerance)
 
 
 def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
