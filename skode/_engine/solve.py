@@ -34,6 +34,11 @@ class AdjointSolve:
     """One of `OWN`."""
     rtol: float
     atol: float
+    step_size: float | None
+    max_steps: int
+    first_step: float | None
+    remedy: str
+    """What to tell of a solve that fails."""
 
 
 def solve(
@@ -81,7 +86,8 @@ def solve(
         solution; memory for one state per step, and for the stages of small steps
         (two million numbers at most). "adjoint": continuous adjoint, exact up to the
         tolerance; memory constant in the number of steps. "backprop": autograd
-        through every operation; the only one that can be differentiated again.
+        through every operation; what "checkpoint" does, too, if it is to be
+        differentiated again.
         "auto": "checkpoint" for methods of our own, "backprop" for torchdiffeq's,
         "adjoint" for SciPy's. The adjoint of those that are not our own is solved by
         "dopri5". Where autograd passes through torchdiffeq, the first of several
@@ -130,9 +136,10 @@ def solve(
         with torch.no_grad():
             ys, stats = forward(y0.detach(), times.detach())
     elif by_adjoint:
+        remedy = None
         if adjoint is not None:
-            plan = _backwards(plan, adjoint)
-        ys, *columns = Adjoint.apply(forward, plan, y0, times, *params)  # type: ignore[no-untyped-call]
+            plan, remedy = _backwards(plan, adjoint), adjoint.remedy
+        ys, *columns = Adjoint.apply(forward, plan, remedy, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
     elif isinstance(parsed, Borrowed):
         ys, stats = forward(y0, times)
@@ -146,7 +153,12 @@ def solve(
 
 def _backwards(plan: Plan, adjoint: AdjointSolve) -> Plan:
     tolerance = replace(
-        plan.tolerance, rtol=adjoint.rtol, atol=adjoint.atol, first_step=None
+        plan.tolerance,
+        rtol=adjoint.rtol,
+        atol=adjoint.atol,
+        step_size=adjoint.step_size,
+        max_steps=adjoint.max_steps,
+        first_step=adjoint.first_step,
     )
     return replace(plan, tableau=OWN[adjoint.method], tolerance=tolerance)
 
