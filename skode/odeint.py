@@ -35,7 +35,8 @@ _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 _STIFF = (
     "The problem is stiff, discontinuous or blows up there: loosen rtol and atol, "
     "compute in float64, or take an implicit method: method='scipy_solver', "
-    "options={'solver': 'Radau'}, whose gradients odeint_adjoint gives."
+    "options={'solver': 'Radau'} (odeint_adjoint has its gradient, where the problem "
+    "can be solved backwards in time as well)."
 )
 _REMEDY = {
     Status.MAX_STEPS: "Raise it with options={'max_num_steps': ...}. Or: " + _STIFF,
@@ -122,29 +123,24 @@ def odeint(
         return call.by_torchdiffeq(func, y0, t, event_fn)
     layout = _Layout(func, y0)
     params = _captured(layout, t)
-    field = layout.field if params is None else _Closed(layout.field, params)
+    plan = _Own(
+        layout.field if params is None else _Closed(layout.field, params),
+        t.double(),
+        () if params is None else params,
+        "backprop" if params is None else "checkpoint",
+        call,
+        step,
+        layout.parts,
+    )
     try:
-        solution = solve(
-            field,
-            layout.row,
-            t.double(),
-            params=() if params is None else params,
-            method=call.method,
-            rtol=float(rtol),
-            atol=float(atol),
-            gradient="backprop" if params is None else "checkpoint",
-            parts=layout.parts,
-            step_size=step.step_size,
-            max_steps=step.max_steps,
-            first_step=step.first_step,
-        )
+        ys = plan.solve(layout.row)
     except RuntimeError as error:
         # A field that is itself a gradient with respect to y counts on autograd, which
         # our engine does without. Its first evaluation tells.
         if "does not require grad" not in str(error) or call.method in _ONLY_OURS:
             raise
         return call.by_torchdiffeq(func, y0, t, event_fn)
-    return layout.unpack(_require_success(solution))
+    return layout.unpack(ys)
 
 
 def odeint_adjoint(
@@ -213,20 +209,25 @@ def odeint_adjoint(
     step = call.own_step(func, y0, t, event_fn)
     step_back = back.own_step(func, y0, t, event_fn)
     if step is None or step_back is None or replica:
-        with _advice(call.method, back.method):
-            ys = torchdiffeq.odeint_adjoint(
-                func,
-                y0,
-                t,
-                event_fn=event_fn,
-                adjoint_rtol=adjoint_rtol,
-                adjoint_atol=adjoint_atol,
-                adjoint_method=adjoint_method,
-                adjoint_options=adjoint_options,
-                adjoint_params=None if adjoint_params is None else trained,
-                **call.arguments,
-            )
-        return ys if event_fn is not None else _require_all(ys, t)
+
+        def run(y0: State, t: Tensor) -> Any:
+            with _advice(call.method, back.method):
+                return torchdiffeq.odeint_adjoint(
+                    func,
+                    y0,
+                    t,
+                    event_fn=event_fn,
+                    adjoint_rtol=adjoint_rtol,
+                    adjoint_atol=adjoint_atol,
+                    adjoint_method=adjoint_method,
+                    adjoint_options=adjoint_options,
+                    adjoint_params=None if adjoint_params is None else trained,
+                    **call.arguments,
+                )
+
+        if event_fn is not None or replica:
+            return run(y0, t)
+        return _require_all(_guarded(run, y0, t, trained), t)
     layout = _Layout(func, y0)
     solution = solve(
         layout.field,
@@ -252,6 +253,62 @@ def odeint_adjoint(
         first_step=step.first_step,
     )
     return layout.unpack(_require_success(solution))
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """A solve by our engine, whose gradient is that of the computed solution."""
+
+    field: Callable[[Tensor, Tensor], Tensor]
+    t: Tensor
+    params: tuple[Tensor, ...]
+    gradient: str
+    call: "_Call"
+    step: "_Step"
+    parts: tuple[int, ...]
+
+    def solve(self, row: Tensor) -> Tensor:
+        """Return the states (1, T, N) from the one at the first time, (1, N)."""
+        if not torch.is_grad_enabled() or any(
+            x.requires_grad for x in (row, self.t, *self.params)
+        ):
+            return self._solve(self.field, row, self.gradient)
+        # What needs a gradient, if anything does, is out of sight. An evaluation that
+        # reaches it ends the solve; a state that needs one makes autograd look.
+        try:
+            return self._solve(self._watched, row, self.gradient)
+        except _Reached:
+            return self._solve(self.field, row.detach().requires_grad_(), "backprop")
+
+    def _watched(self, t: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            slope = self.field(t, y)
+        if slope.requires_grad:
+            raise _Reached
+        return slope
+
+    def _solve(
+        self, field: Callable[[Tensor, Tensor], Tensor], row: Tensor, gradient: str
+    ) -> Tensor:
+        solution = solve(
+            field,
+            row,
+            self.t,
+            params=self.params,
+            method=self.call.method,
+            rtol=float(self.call.rtol),
+            atol=float(self.call.atol),
+            gradient=gradient,
+            parts=self.parts,
+            step_size=self.step.step_size,
+            max_steps=self.step.max_steps,
+            first_step=self.step.first_step,
+        )
+        return _require_success(solution)
+
+
+class _Reached(Exception):
+    """An evaluation led to a tensor that needs a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +463,7 @@ class _Layout:
 
     def field(self, t: Tensor, y: Tensor) -> Tensor:
         """Return dy/dt (B, N) at times (B,) and states (B, N)."""
-        if not torch.is_grad_enabled():
+        if not y.requires_grad:
             y = y.clone()  # the engine's memory, and func may keep what it is given
         if len(y) == 1:  # nothing to stack, in all but the adjoint's quadrature
             return self._slope(t[0], y)
@@ -495,7 +552,9 @@ class _Closed:
         if not torch.is_grad_enabled():
             return slope
         self._differentiated += 1
-        if self._differentiated % _CHECKED == 1 and not self.closes(slope, t, y):
+        # Where y has a history, autograd sees all of the solve, and nothing is lost.
+        looked_at = self._differentiated % _CHECKED == 1 and y.is_leaf
+        if looked_at and not self.closes(slope, t, y):
             raise RuntimeError(
                 f"func, at t={t.tolist()[0]:.6g}, reaches a tensor that needs a "
                 "gradient and is none of its parameters, though at the first time it "
@@ -574,6 +633,50 @@ def _gave_up(status: Status, t: float | None = None, most: int = 0) -> SolverErr
         remedy=_REMEDY[status],
         status=status.name,
     )
+
+
+def _guarded(
+    run: Callable[[State, Tensor], State],
+    y0: State,
+    t: Tensor,
+    params: Sequence[Tensor],
+) -> State:
+    """Return ``run(y0, t)``, whose gradient reaches `params`, with errors of ours."""
+    apply: Any = _Guarded.apply
+    if isinstance(y0, Tensor):
+        (ys,) = apply(lambda states, t: (run(states[0], t),), 1, y0, t, *params)
+        return ys
+    return apply(run, len(y0), *y0, t, *params)
+
+
+class _Guarded(torch.autograd.Function):
+    """torchdiffeq's adjoint, kept apart so that its failures backwards can be told."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, count: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        states, t, params = inputs[:count], inputs[count], inputs[count + 1 :]
+        with torch.enable_grad():
+            apart = [x.detach().requires_grad_(x.requires_grad) for x in (*states, t)]
+            ctx.ys = run(tuple(apart[:-1]), apart[-1])
+        ctx.inputs = (*apart, *params)
+        return tuple(y.detach() for y in ctx.ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [x for x in ctx.inputs if x.requires_grad]
+        try:
+            with _advice():
+                found = iter(
+                    torch.autograd.grad(
+                        ctx.ys, wanted, grads, retain_graph=True, allow_unused=True
+                    )
+                )
+        except SolverError as error:
+            raise SolverError(
+                error.reason, remedy=_BACKWARDS, status=error.status
+            ) from error
+        some = (next(found) if x.requires_grad else None for x in ctx.inputs)
+        return None, None, *some
 
 
 @contextmanager
