@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "density": _FRONT,
     "forecast": _FRONT,
     "display": {"_border"},
-    "odeint": {"_engine", "exceptions"},
+    "odeint": {"_engine", "_odeint", "exceptions"},
+    "_odeint": {"_engine", "exceptions"},
     "_border": {"exceptions"},
     "_series": {"exceptions"},
     "_training": {"exceptions"},
@@ -58,6 +59,11 @@ FLOORS = {
         {"step", "control", "dense"},
         {"tableau", "solution"},
     ],
+    "_odeint": [
+        {"discrete", "theirs"},
+        {"call", "failure"},
+        {"layout"},
+    ],
     "_nn": [{"ode_net", "flow", "latent"}, {"divergence"}, {"fields"}],
 }
 
@@ -68,6 +74,8 @@ _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}
 STRANGERS = {
     "_engine": {*_ARRAYS, "torch.nn", "tqdm"},
     "_nn": _ARRAYS,
+    "_odeint": _ARRAYS,
+    "odeint": _ARRAYS,
     "_training": _ARRAYS,
     "exceptions": {*_ARRAYS, "torch"},
 }
