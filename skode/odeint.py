@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from skode._engine.solve import AdjointSolve, solve
 from skode._odeint.call import Call
-from skode._odeint.discrete import Closed, Discrete, captured
+from skode._odeint.discrete import Discrete
 from skode._odeint.failure import BACKWARDS, require_all, require_success
 from skode._odeint.layout import Field, Layout, State
 from skode._odeint.theirs import advice, by_torchdiffeq, guarded
@@ -74,9 +74,10 @@ def odeint(
 
     Notes
     -----
-    Gradients are those of the computed solution. They pass by checkpoints of the steps
-    where `func` is a module whose every tensor that needs a gradient is one of its
-    parameters, and by autograd through every operation where it is not.
+    Gradients are those of the computed solution. Where `func` is a module whose every
+    tensor that needs a gradient is one of its parameters, they pass step by step, from
+    the evaluations of the accepted steps while the state is small, and from the states
+    of the steps where it is not. Else they pass by autograd through every operation.
 
     Examples
     --------
@@ -92,18 +93,8 @@ def odeint(
     if step is None:
         return by_torchdiffeq(call, func, y0, t, event_fn)
     layout = Layout(func, y0)
-    params = captured(layout, t)
-    plan = Discrete(
-        layout.field if params is None else Closed(layout.field, params),
-        t.double(),
-        () if params is None else params,
-        "backprop" if params is None else "checkpoint",
-        call,
-        step,
-        layout.parts,
-    )
     try:
-        ys = plan.solve(layout.row)
+        ys = Discrete(layout, t.double(), call, step).solve()
     except RuntimeError as error:
         # A field that is itself a gradient with respect to y counts on autograd, which
         # our engine does without. Its first evaluation tells.

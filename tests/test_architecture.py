@@ -61,14 +61,14 @@ FLOORS = {
     ],
     "_odeint": [
         {"discrete", "theirs"},
-        {"call", "failure"},
+        {"call", "failure", "kept"},
         {"layout"},
     ],
     "_nn": [{"ode_net", "flow", "latent"}, {"divergence"}, {"fields"}],
 }
 
 # The modules of a room that other rooms may import; all, where it has no line.
-DOORS = {"_engine": {"solve", "solution"}}
+DOORS = {"_engine": {"solve", "solution", "kernel", "observer"}}
 
 _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}
 STRANGERS = {
