@@ -78,7 +78,10 @@ class _ODEEstimator(
         "atol": [positive(closed="left"), None],
         "step_size": [positive(), None],
         "max_steps": [at_least(1)],
-        "gradient": [choice(("auto", "checkpoint", "adjoint", "backprop"))],
+        "gradient": [
+            choice(("auto", "checkpoint", "adjoint", "reversible", "backprop"))
+        ],
+        "compile": ["boolean", choice(("auto",))],
         "optimizer": [choice(("adam", "sgd"))],
         "alpha": [positive(closed="left")],
         "batch_size": [at_least(1), choice(("auto",))],
@@ -238,11 +241,20 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         ignore it. May be changed after `fit`.
     max_steps : int, default=1000
         Steps that a row may attempt. May be changed after `fit`.
-    gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
+    gradient : {"auto", "checkpoint", "adjoint", "reversible", "backprop"}, \
+            default="auto"
         How gradients pass the solver: "checkpoint" is exact for the computed solution
         and stores the state of each step; "adjoint" solves the adjoint ODE backwards
-        in constant memory; "backprop" is plain autograd. "auto" is "checkpoint" where
-        the solver allows it.
+        in constant memory; "reversible" is exact in nearly constant memory, by steps
+        of its own, in `fit` and in `predict`, that cost twice as much and are less
+        stable; "backprop" is plain autograd. "auto" is "checkpoint" where the solver
+        allows it.
+    compile : bool or "auto", default="auto"
+        Whether to solve in compiled code, several times faster on a CPU: for the field
+        made here (`field` None) and the solvers listed first. The machine's C++
+        compiler translates it when it is first needed, in seconds, and it is kept in
+        the user's cache directory. "auto": where it can be; True: or say why not;
+        False: never. Results agree to rounding. May be changed after `fit`.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
     alpha : float, default=0.5
@@ -358,6 +370,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         step_size=None,
         max_steps=1000,
         gradient="auto",
+        compile="auto",
         optimizer="adam",
         alpha=0.5,
         batch_size="auto",
@@ -386,6 +399,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         self.step_size = step_size
         self.max_steps = max_steps
         self.gradient = gradient
+        self.compile = compile
         self.optimizer = optimizer
         self.alpha = alpha
         self.batch_size = batch_size
@@ -676,11 +690,20 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         ignore it. May be changed after `fit`.
     max_steps : int, default=1000
         Steps that a row may attempt. May be changed after `fit`.
-    gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
+    gradient : {"auto", "checkpoint", "adjoint", "reversible", "backprop"}, \
+            default="auto"
         How gradients pass the solver: "checkpoint" is exact for the computed solution
         and stores the state of each step; "adjoint" solves the adjoint ODE backwards
-        in constant memory; "backprop" is plain autograd. "auto" is "checkpoint" where
-        the solver allows it.
+        in constant memory; "reversible" is exact in nearly constant memory, by steps
+        of its own, in `fit` and in `predict`, that cost twice as much and are less
+        stable; "backprop" is plain autograd. "auto" is "checkpoint" where the solver
+        allows it.
+    compile : bool or "auto", default="auto"
+        Whether to solve in compiled code, several times faster on a CPU: for the field
+        made here (`field` None) and the solvers listed first. The machine's C++
+        compiler translates it when it is first needed, in seconds, and it is kept in
+        the user's cache directory. "auto": where it can be; True: or say why not;
+        False: never. Results agree to rounding. May be changed after `fit`.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
     alpha : float, default=0.02
@@ -802,6 +825,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         step_size=None,
         max_steps=1000,
         gradient="auto",
+        compile="auto",
         optimizer="adam",
         alpha=0.02,
         batch_size="auto",
@@ -832,6 +856,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         self.step_size = step_size
         self.max_steps = max_steps
         self.gradient = gradient
+        self.compile = compile
         self.optimizer = optimizer
         self.alpha = alpha
         self.batch_size = batch_size
@@ -1302,6 +1327,7 @@ def _integration(est):
         step_size=est.step_size,
         max_steps=est.max_steps,
         gradient=est.gradient,
+        compile=est.compile,
     )
 
 

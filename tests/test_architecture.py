@@ -54,8 +54,8 @@ MAY_ALSO_IMPORT = {"skode._nn.latent": {"_series"}}
 FLOORS = {
     "_engine": [
         {"solve"},
-        {"adjoint", "borrowed"},
-        {"loop"},
+        {"adjoint", "reversible", "borrowed"},
+        {"loop", "pair_loop"},
         {"step", "control", "dense"},
         {"tableau", "solution"},
     ],

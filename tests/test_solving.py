@@ -41,6 +41,21 @@ def solved(model, X, **params):
 # ------------------------------------------------------- solver after the fit
 
 
+@BOTH
+def test_compiled_code_changes_a_fit_by_rounding_alone(make, table):
+    X, y = table()
+    tight = {"rtol": 1e-6, "max_iter": 3, "dtype": "float64"}
+    fast, twin = (make(compile=c, **tight).fit(X, y) for c in ("auto", False))
+    np.testing.assert_allclose(fast.loss_curve_, twin.loss_curve_, rtol=1e-9)
+    np.testing.assert_allclose(fast.transform(X), twin.transform(X), rtol=1e-7)
+
+
+def test_a_field_of_the_user_cannot_be_compiled():
+    X, y = curve()
+    with pytest.raises(ValueError, match="compile=True is not possible here: the fie"):
+        regressor(field=Spring, compile=True).fit(X, y)
+
+
 def test_tighter_tolerances_come_closer(lively):
     model, X = lively
     answer = solved(model, X, rtol=1e-9, atol=1e-9)
@@ -125,6 +140,8 @@ def test_all_solvers_agree_where_it_is_tight(lively, params):
         {"solver": "adaptive_heun"},
         {"solver": "RK45", "rtol": 0.3, "atol": 0.3, "max_iter": 2},
         {"gradient": "adjoint"},
+        {"gradient": "reversible"},
+        {"gradient": "reversible", "solver": "rk4", "step_size": 0.25},
         {"gradient": "backprop"},
         {"optimizer": "sgd"},
         {"activation": "relu"},
@@ -144,10 +161,23 @@ def test_gradients_by_different_means_agree():
     tight = {"rtol": 1e-8, "atol": 1e-8, "max_iter": 3}
     curves = [
         regressor(gradient=gradient, **tight).fit(X, y).loss_curve_
-        for gradient in ("checkpoint", "adjoint", "backprop")
+        for gradient in ("checkpoint", "adjoint", "backprop", "reversible")
     ]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
     np.testing.assert_allclose(curves[2], curves[0], rtol=1e-9)
+    np.testing.assert_allclose(curves[3], curves[0], rtol=1e-5)
+
+
+@BOTH
+def test_a_reversible_model_predicts_by_the_steps_it_was_trained_with(make, table):
+    X, y = table()
+    settings = {"solver": "euler", "step_size": 0.25, "max_iter": 2}
+    model = make(gradient="reversible", **settings).fit(X, y)
+    reversible = model.transform(X)
+    model.set_params(gradient="auto")
+    assert np.abs(model.transform(X) - reversible).max() > 1e-6
+    model.set_params(gradient="reversible")
+    np.testing.assert_array_equal(model.transform(X), reversible)
 
 
 # ------------------------------------------------------------------ trajectory

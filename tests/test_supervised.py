@@ -867,6 +867,10 @@ def test_a_continuous_target_is_not_classes():
             {"solver": "LSODA", "gradient": "backprop"},
             "use gradient='adjoint' or 'auto'",
         ),
+        (
+            {"solver": "Radau", "gradient": "reversible"},
+            r"gradient='reversible' needs a solver of our own \(euler, .*'auto'",
+        ),
     ],
 )
 def test_errors_are_advice(make, table, params, advice):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from skode._engine.backprop import backprop
 from skode._engine.dense import Events, Requests, powers, slopes_of_powers
-from skode._engine.kernel import Kernel
+from skode._engine.kernel import Evaluator, Kernel
 from skode._engine.plan import Plan
 from skode._engine.step import (
     Workspace,
@@ -124,18 +124,7 @@ class _Reverse:
 
     def times(self, y0: Tensor, y1: Tensor) -> Tensor:
         """Return dL/d times, (B, T), after `run`."""
-        times = self._requests.times
-        for column, idle, y in zip(
-            (0, -1), self._requests.idle(), (y0, y1), strict=True
-        ):
-            if bool(idle.any()):
-                slope = torch.empty_like(y)
-                self.kernel.begin(times[:, column].to(y.dtype)[None])
-                self.kernel.evaluate(0, y, slope)
-                moved = torch.einsum("btd,bd->bt", self._grad, slope)
-                moved = torch.where(idle, moved, 0.0)
-                self._grad_t += moved
-                self._grad_t[:, column] -= moved.sum(dim=1)
+        add_idle_times(self._requests, self.kernel, self._grad, y0, y1, self._grad_t)
         return self._grad_t
 
     def _step(self, taken: Taken, u: Tensor) -> None:
@@ -186,14 +175,11 @@ class _Reverse:
                 kernel.linearize(coef.stages, work.slopes[-1])
         return cotangents
 
-    def _inside(self, taken: Taken, events: Events) -> "_Inside":
-        t, h = taken.t[events.position], taken.h[events.position]
-        theta = (self._requests.times[events.row, events.index] - t) / h
-        grad = self._grad[events.row, events.index]
-        return _Inside(events.row, events.index, events.position, h, theta, grad)
+    def _inside(self, taken: Taken, events: Events) -> "Inside":
+        return Inside.of(events, self._requests.times, self._grad, taken.t, taken.h)
 
     def _time_gradient(
-        self, taken: Taken, cotangents: Tensor, inside: "_Inside | None"
+        self, taken: Taken, cotangents: Tensor, inside: "Inside | None"
     ) -> None:
         """Add dL/dt and dL/dh of the step to the first, last and inside times.
 
@@ -205,30 +191,68 @@ class _Reverse:
         moved = torch.stack([self.kernel.pull_time(i) for i in range(used)]).to(dtype)
         grad_t = moved.sum(dim=0)
         grad_h = (coef.c[:used] * moved).sum(dim=0)
-        grad_h += (k[:used] * cotangents).sum(dim=(0, 2)).to(dtype) / _or_one(taken.h)
+        grad_h += (k[:used] * cotangents).sum(dim=(0, 2)).to(dtype) / or_one(taken.h)
         if inside is not None:
             rate = inside.rate(coef, k).to(dtype)
             self._grad_t.index_put_((inside.rows, inside.index), rate, accumulate=True)
             grad_t.index_add_(0, inside.position, -rate)
             grad_h.index_add_(0, inside.position, -rate * inside.theta)
-        times, grads = self._requests.times, self._grad_t
-        ends = times[:, [0, -1]]
+        ends = self._requests.times[:, [0, -1]]
         if taken.rows is not None:
             ends = ends[taken.rows]
-        span = _or_one(ends[:, 1] - ends[:, 0])
-        before, share = (taken.t - ends[:, 0]) / span, taken.h / span
-        rows = slice(None) if taken.rows is None else taken.rows
-        grads[rows, 0] += (1 - before) * grad_t - share * grad_h
-        grads[rows, -1] += before * grad_t + share * grad_h
+        span = or_one(ends[:, 1] - ends[:, 0])
+        left, share = 1 - (taken.t - ends[:, 0]) / span, taken.h / span
+        add_ends(self._grad_t, taken.rows, left, share, grad_t, grad_h)
 
 
-def _or_one(length: Tensor) -> Tensor:
+def add_ends(
+    grads: Tensor,
+    rows: Tensor | None,
+    left: Tensor,
+    share: Tensor,
+    grad_t: Tensor,
+    grad_h: Tensor,
+) -> None:
+    """Add dL/dt and dL/dh (A,) of a step to those of the ends, in grads (B, T).
+
+    The step is `share` of the row's span; from its start on, `left` of it are left.
+    """
+    where = slice(None) if rows is None else rows
+    grads[where, 0] += left * grad_t - share * grad_h
+    grads[where, -1] += (1 - left) * grad_t + share * grad_h
+
+
+def add_idle_times(
+    requests: Requests,
+    kernel: Evaluator,
+    grad: Tensor,
+    y0: Tensor,
+    y1: Tensor,
+    grads: Tensor,
+) -> None:
+    """Add to grads (B, T) those of times that repeat the first or the last one.
+
+    `grad` (B, T, D) is the cotangent of the requested states.
+    """
+    times = requests.times
+    for column, idle, y in zip((0, -1), requests.idle(), (y0, y1), strict=True):
+        if bool(idle.any()):
+            slope = torch.empty_like(y)
+            kernel.begin(times[:, column].to(y.dtype)[None])
+            kernel.evaluate(0, y, slope)
+            moved = torch.einsum("btd,bd->bt", grad, slope)
+            moved = torch.where(idle, moved, 0.0)
+            grads += moved
+            grads[:, column] -= moved.sum(dim=1)
+
+
+def or_one(length: Tensor) -> Tensor:
     """Return a divisor of what is 0 where the length is."""
     return torch.where(length == 0, 1.0, length)
 
 
 @dataclass(frozen=True, slots=True)
-class _Inside:
+class Inside:
     """Requested times inside one group of steps: E of them."""
 
     rows: Tensor
@@ -243,6 +267,15 @@ class _Inside:
     """(E,) share of the step."""
     grad: Tensor
     """(E, D) cotangent of the requested state."""
+
+    @classmethod
+    def of(
+        cls, events: Events, times: Tensor, grad: Tensor, t: Tensor, h: Tensor
+    ) -> "Inside":
+        """Find the events in times (B, T), grad (B, T, D) and steps t, h (A,)."""
+        at, h = (events.row, events.index), h[events.position]
+        theta = (times[at] - t[events.position]) / h
+        return cls(events.row, events.index, events.position, h, theta, grad[at])
 
     def cotangents(self, coef: Coefficients, zeros: Tensor) -> Tensor:
         """Return h b_i(theta) grad summed into (S + 1, A, D)."""

@@ -17,12 +17,14 @@ class Status(IntEnum):
     MAX_STEPS = 1
     STEP_UNDERFLOW = 2
     NON_FINITE = 3
+    PARTED = 4
 
 
 _REASON = {
     Status.MAX_STEPS: "reached max_steps={max_steps}",
     Status.STEP_UNDERFLOW: "needed steps below the resolution of time",
     Status.NON_FINITE: "met values that are not finite",
+    Status.PARTED: "were solved unstably: the reversible scheme's two states parted",
 }
 
 _REMEDY = {
@@ -37,6 +39,11 @@ _REMEDY = {
     Status.NON_FINITE: (
         "The state grows without bound, or the field returns NaN or infinity there: "
         "look at these rows and at the field."
+    ),
+    Status.PARTED: (
+        "Take gradient='checkpoint': where a field contracts strongly, or over a long "
+        "span, gradient='reversible' is not stable. If that is not the case, take "
+        "shorter steps: tighten rtol and atol, or step_size."
     ),
 }
 _FIXED_STEPS = "Raise max_steps, or take longer steps: step_size is {step_size:g}."

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from skode._engine import compiled
 from skode._engine.adjoint import Adjoint
 from skode._engine.backprop import backprop
 from skode._engine.borrowed import BORROWED, Borrowed, Loan
 from skode._engine.checkpoint import Checkpoint
 from skode._engine.kernel import Field
 from skode._engine.plan import Plan
+from skode._engine.reversible import Reversible, reversible
 from skode._engine.solution import Solution, Statistics, Tolerance
 from skode._engine.tableau import TABLEAUX, Tableau
 
@@ -23,7 +26,7 @@ FIXED_STEP = (
 )
 ADAPTIVE = tuple(name for name in METHODS if name not in FIXED_STEP)
 OWN = TABLEAUX
-GRADIENTS = ("auto", "checkpoint", "adjoint", "backprop")
+GRADIENTS = ("auto", "checkpoint", "adjoint", "reversible", "backprop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ def solve(
     first_step: float | None = None,
     parts: Sequence[int] = (),
     adjoint: AdjointSolve | None = None,
+    compile: bool | str = False,
 ) -> Solution:
     """Solve dy/dt = f(t, y) for a batch of rows, each with steps of its own.
 
@@ -81,13 +85,18 @@ def solve(
         divided evenly. Adaptive methods choose their own steps and ignore it.
     max_steps : int, default=10_000
         Attempts a row may take; then its status is `MAX_STEPS`.
-    gradient : {"auto", "checkpoint", "adjoint", "backprop"}, default="auto"
+    gradient : {"auto", "checkpoint", "adjoint", "reversible", "backprop"}, \
+            default="auto"
         How gradients pass the solve. "checkpoint": exact gradient of the computed
         solution; memory for one state per step, and for the stages of small steps
         (two million numbers at most). "adjoint": continuous adjoint, exact up to the
-        tolerance; memory constant in the number of steps. "backprop": autograd
-        through every operation; what "checkpoint" does, too, if it is to be
-        differentiated again.
+        tolerance; memory constant in the number of steps. "reversible": exact
+        gradient of a solution by other steps, which can be walked back; they cost
+        twice as much, are less stable, and are taken where no gradient is wanted,
+        too; memory for two bytes per row and step of an adaptive method, and for
+        nothing per step of one of fixed steps; methods of our own only. "backprop":
+        autograd through every operation; what "checkpoint" does, too, if it is to
+        be differentiated again.
         "auto": "checkpoint" for methods of our own, "backprop" for torchdiffeq's,
         "adjoint" for SciPy's. The adjoint of those that are not our own is solved by
         "dopri5". Where autograd passes through torchdiffeq, the first of several
@@ -99,6 +108,12 @@ def solve(
         of the parts' root mean squares.
     adjoint : AdjointSolve or None, default=None
         How ``gradient="adjoint"`` solves backwards; None: as forwards.
+    compile : bool or "auto", default=False
+        Whether to run the whole solve in compiled code: a perceptron on a CPU, with a
+        method of our own, and the gradient "checkpoint" if one is wanted. The code is
+        compiled by the machine's C++ compiler when first asked for and kept on disk.
+        True: where that cannot be, say why. "auto": where it cannot be, solve as with
+        False.
 
     Returns
     -------
@@ -132,6 +147,12 @@ def solve(
     else:
         plan = Plan(field, parsed, tolerance, params)
         forward, by_adjoint = plan.forward, gradient == "adjoint"
+        if gradient == "reversible":  # a scheme of its own, differentiated or not
+            forward = partial(reversible, plan)
+    taped = wanted and gradient == "backprop"
+    code = _compiled_code(compile, plan, parsed, y0, gradient, taped)
+    if code is not None:
+        forward = partial(compiled.forward, plan, code)
     if not wanted:
         with torch.no_grad():
             ys, stats = forward(y0.detach(), times.detach())
@@ -143,8 +164,14 @@ def solve(
         stats = Statistics(*columns)
     elif isinstance(parsed, Borrowed):
         ys, stats = forward(y0, times)
+    elif gradient == "reversible":
+        ys, *columns = Reversible.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
+        stats = Statistics(*columns)
     elif gradient == "backprop":
         ys, stats = backprop(plan, y0, times)
+    elif code is not None:
+        ys, *columns = compiled.Compiled.apply(plan, code, y0, times, *params)  # type: ignore[no-untyped-call]
+        stats = Statistics(*columns)
     else:
         ys, *columns = Checkpoint.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
@@ -186,8 +213,53 @@ def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
     return parsed
 
 
+def _compiled_code(
+    asked: bool | str,
+    plan: Plan,
+    parsed: Tableau | Borrowed,
+    y0: Tensor,
+    gradient: str,
+    taped: bool,
+) -> compiled.Code | None:
+    """Return what runs the solve in compiled code, if it is to.
+
+    Raises
+    ------
+    ValueError
+        If `asked` is no valid choice, or if it is True and that cannot be.
+    """
+    if asked not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', got {asked!r}.")
+    if not asked:
+        return None
+    found: compiled.Code | str
+    if isinstance(parsed, Borrowed):
+        found = "the method is not of our own"
+    elif gradient == "reversible":
+        found = "gradient='reversible' takes steps of its own"
+    elif plan.tolerance.first_step is not None or plan.tolerance.parts:
+        found = "a first step of one's own, or a state in parts, is not compiled"
+    elif taped:
+        found = "gradient='backprop' is autograd's, through operations of PyTorch"
+    else:
+        found = compiled.code(plan, y0)
+    if not isinstance(found, str):
+        return found
+    if asked is True:
+        raise ValueError(
+            f"compile=True is not possible here: {found}. compile='auto' solves "
+            "without compiled code where there is none."
+        )
+    return None
+
+
 def _borrowed_adjoint(method: str, borrowed: Borrowed, gradient: str) -> bool:
     """Return whether gradients pass by the adjoint, or by autograd."""
+    if gradient == "reversible":
+        raise ValueError(
+            f"gradient='reversible' needs a solver of our own ({', '.join(TABLEAUX)}), "
+            f"got solver={method!r}: use gradient='auto'."
+        )
     if gradient == "auto":
         return not borrowed.differentiable
     if not borrowed.differentiable and gradient != "adjoint":

@@ -144,6 +144,9 @@ def _sound(steps: list[Taken], sound: Tensor) -> Tape:
     """
     kept = []
     for taken in reversed(steps):
+        # Sums in another order than the forward solve's may overflow: stages that are
+        # kept are replayed all at once.
+        taken = replace(taken, k=None)
         rows = slice(None) if taken.rows is None else taken.rows
         moved = taken.h != 0
         keep = moved & sound[rows]

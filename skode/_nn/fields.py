@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Tensors = tuple[Tensor, ...]
 ACTIVATIONS = ("tanh", "softplus", "silu", "relu")
 
 
@@ -63,12 +64,22 @@ class MLPField(nn.Module):
         slope: Tensor = F.linear(y, weight, bias) + time * shift
         return slope
 
+    def perceptron(self) -> tuple[Tensors, Tensors, Tensors, str]:
+        """Return weights, biases, shifts and activation, for compiled code."""
+        weights, biases, shifts = map(_own, (self.weights, self.biases, self.shifts))
+        return weights, biases, shifts, self.activation
+
     def kernel(self, params: Sequence[Tensor]) -> "MLPKernel | None":
         """Return this field's kernel if `params` are its own parameters."""
         own = tuple(self.parameters())
         if params and [id(p) for p in params] != [id(p) for p in own]:
             return None
         return MLPKernel(own, self.activation, trained=bool(params))
+
+
+def _own(layers: nn.ParameterList) -> Tensors:
+    """Return the list's parameters; iterating it looks each up by its name, slowly."""
+    return tuple(x for x in layers._parameters.values() if x is not None)
 
 
 class MLPKernel:

@@ -26,6 +26,7 @@ class Integration:
     step_size: float | None
     max_steps: int
     gradient: str
+    compile: bool | str
 
 
 class ZeroAugment(nn.Module):
@@ -88,6 +89,7 @@ class ODENet(nn.Module):
             step_size=how.step_size,
             max_steps=how.max_steps,
             gradient=how.gradient,
+            compile=how.compile,
         ).require_success()
 
 

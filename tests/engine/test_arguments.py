@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from skode._engine.borrowed import BORROWED
 from skode._engine.solve import ADAPTIVE, FIXED_STEP, METHODS, solve
 from tests.problems import DECAY
 
@@ -96,8 +97,18 @@ def test_every_method_is_adaptive_or_not():
 
 
 def test_an_unknown_gradient_lists_those_there_are():
-    with pytest.raises(ValueError, match="'auto', 'checkpoint', 'adjoint', 'backprop'"):
+    with pytest.raises(ValueError, match="gradient must be one of") as error:
         ask(gradient="autograd")
+    for name in ("auto", "checkpoint", "adjoint", "reversible", "backprop"):
+        assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize("method", BORROWED)
+def test_only_our_own_solvers_are_reversible(method):
+    with pytest.raises(ValueError, match="needs a solver of our own") as error:
+        ask(gradient="reversible", method=method, step_size=0.1)
+    assert repr(method) in str(error.value)
+    assert "dopri5" in str(error.value)
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])

@@ -65,7 +65,9 @@ def test_company_does_not_change_a_row(method, dtype, key):
     torch.testing.assert_close(part, whole[SELECTIONS[key]], rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint", "backprop"])
+@pytest.mark.parametrize(
+    "gradient", ["checkpoint", "adjoint", "reversible", "backprop"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", ["rk4", "dopri5", "bosh3"])
 def test_company_does_not_change_the_gradient_of_a_row(method, dtype, gradient):
@@ -78,7 +80,9 @@ def test_company_does_not_change_the_gradient_of_a_row(method, dtype, gradient):
             torch.testing.assert_close(part[i], whole[i][rows], rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint", "backprop"])
+@pytest.mark.parametrize(
+    "gradient", ["checkpoint", "adjoint", "reversible", "backprop"]
+)
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_the_gradient_of_the_parameters_is_a_sum_over_rows(method, gradient):
     y0, times = batch(torch.float64)
@@ -130,7 +134,7 @@ def test_a_row_that_blows_up_does_not_change_its_neighbour(method, dtype):
     )
 
 
-@pytest.mark.parametrize("gradient", ["checkpoint", "backprop"])
+@pytest.mark.parametrize("gradient", ["checkpoint", "reversible", "backprop"])
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_a_row_that_blows_up_does_not_change_its_neighbours_gradient(method, gradient):
     start = torch.tensor([[2.0, 0.5], [0.5, -0.3]], dtype=torch.float64)
@@ -190,7 +194,9 @@ def test_no_rows(method, shape):
         assert getattr(solution.stats, name).shape == (0,)
 
 
-@pytest.mark.parametrize("gradient", [None, "checkpoint", "adjoint", "backprop"])
+@pytest.mark.parametrize(
+    "gradient", [None, "checkpoint", "adjoint", "reversible", "backprop"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_arguments_are_left_as_they_are(method, gradient):
     """Also where rows have nothing to do, and are compacted away at once."""
@@ -244,7 +250,9 @@ IDLE = [
 ]
 
 
-@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint", "backprop"])
+@pytest.mark.parametrize(
+    "gradient", ["checkpoint", "adjoint", "reversible", "backprop"]
+)
 @pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "dopri5", "dopri8"])
 @pytest.mark.parametrize("field", [Fallible, lambda: MLPField(2, (8,)).double()])
 def test_rows_that_fail_or_stay_have_no_part_in_the_gradient(method, gradient, field):

@@ -9,7 +9,7 @@ from skode.exceptions import SolverError
 from tests.problems import normal
 from tests.tables import Still
 
-HOW = Integration("dopri5", 1e-6, 1e-6, None, 1000, "auto")
+HOW = Integration("dopri5", 1e-6, 1e-6, None, 1000, "auto", False)
 
 
 def net(encoder="linear", width=5, hidden=(6,), field=None, seed=0):
@@ -29,7 +29,7 @@ def net(encoder="linear", width=5, hidden=(6,), field=None, seed=0):
 @pytest.mark.parametrize("encoder", ["linear", "augment"])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_without_a_field_it_is_the_head_of_the_encoder(encoder, method):
-    how = Integration(method, 1e-3, 1e-3, 0.3, 1000, "auto")
+    how = Integration(method, 1e-3, 1e-3, 0.3, 1000, "auto", False)
     x = normal(7, 3, seed=0)
     for model in (net(encoder), net(encoder, field=Still)):
         for param in model.field.parameters():
@@ -60,7 +60,7 @@ def test_the_trajectory_begins_at_the_encoder_and_ends_at_the_final_state():
 def test_evaluations_are_counted():
     model, x = net(), normal(7, 3, seed=0)
     tenth, fifth = (
-        model.evaluations(x, Integration("rk4", 1e-3, 1e-3, size, 1000, "auto"))
+        model.evaluations(x, Integration("rk4", 1e-3, 1e-3, size, 1000, "auto", False))
         for size in (0.1, 0.2)
     )
     assert (tenth - fifth).tolist() == [20] * 7
@@ -96,6 +96,6 @@ def test_a_module_is_no_factory():
 
 
 def test_a_failed_row_raises():
-    how = Integration("dopri5", 1e-9, 1e-9, None, 1, "auto")
+    how = Integration("dopri5", 1e-9, 1e-9, None, 1, "auto", False)
     with pytest.raises(SolverError, match="max_steps=1"):
         net()(normal(7, 3, seed=0), how)

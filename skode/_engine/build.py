@@ -1,0 +1,210 @@
+"""Compile the C++ of `cpp/` where it runs, once, and keep the library on disk.
+
+Nothing but the standard library: the C++ includes no header of PyTorch or Python, so a
+build takes seconds, and its doors are plain functions for ctypes.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_SOURCES = Path(__file__).parent / "cpp"
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-w",
+]
+_LONGEST = 300
+"""Seconds that a compiler may take."""
+
+_log = logging.getLogger("skode")
+
+
+class BuildError(RuntimeError):
+    """The library could not be compiled or loaded; the message says why."""
+
+
+def library(real: str, activation: str) -> ctypes.CDLL:
+    """Return the compiled engine for one type and one activation.
+
+    Parameters
+    ----------
+    real : {"float", "double"}
+    activation : {"tanh", "softplus", "silu", "relu"}
+
+    Raises
+    ------
+    BuildError
+        If there is no compiler, or if it fails; asked again, it fails again at once.
+    """
+    outcome = _outcome(real, activation)
+    if isinstance(outcome, BuildError):
+        raise outcome
+    return outcome
+
+
+@cache
+def _outcome(real: str, activation: str) -> ctypes.CDLL | BuildError:
+    try:
+        return _load(_compiled(real, activation))
+    except BuildError as error:
+        return error
+    except OSError as error:
+        return BuildError(f"The compiled engine cannot be loaded: {error}")
+
+
+def compiler() -> str:
+    """Return the C++ compiler: CXX of the environment, or one on the path.
+
+    Raises
+    ------
+    BuildError
+        If there is none.
+    """
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else ("c++", "g++", "clang++"):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(
+        "There is no C++ compiler: install g++ or clang++ (or name one in the "
+        "environment variable CXX), or solve with compile=False."
+    )
+
+
+def cache_directory() -> Path:
+    """Return where libraries are kept: SKODE_CACHE, or the user's cache directory."""
+    asked = os.environ.get("SKODE_CACHE")
+    if asked:
+        return Path(asked)
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "skode"
+
+
+def _compiled(real: str, activation: str) -> Path:
+    """Return the library's file, compiling it if it is not there."""
+    tool = compiler()
+    options = [f"-DSKODE_REAL={real}", f"-DSKODE_ACTIVATION={activation.upper()}"]
+    name = f"engine-{real}-{activation}-{_fingerprint(tool, options)}.so"
+    path = cache_directory() / name
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=name):
+            pass  # can be written to
+    except OSError:
+        # Nowhere to keep it: compiled for this process alone.
+        path = Path(tempfile.mkdtemp(prefix="skode-")) / name
+    with _alone(path):
+        if not path.exists():  # another process may have been at it
+            _compile(tool, options, path)
+    return path
+
+
+def _compile(tool: str, options: list[str], path: Path) -> None:
+    begin = time.perf_counter()
+    aside = path.with_suffix(f".{os.getpid()}")
+    try:
+        _run(tool, options, aside)
+        # Whole or not at all, even where two processes compile at once.
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    seconds = time.perf_counter() - begin
+    _log.info("compiled the engine in %.1f s and kept it in %s", seconds, path)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes from compiling the same, where the system has locks."""
+    if fcntl is None:
+        yield
+        return
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, or with the process
+        yield
+
+
+def _run(tool: str, options: list[str], out: Path) -> None:
+    said = ""
+    # Clang for ARM spells "this machine" the second way.
+    for native in ("-march=native", "-mcpu=native"):
+        command = [tool, *_FLAGS, native, *options, "-o", str(out)]
+        try:
+            done = subprocess.run(
+                [*command, str(_SOURCES / "solve.cpp")],
+                capture_output=True,
+                text=True,
+                timeout=_LONGEST,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BuildError(f"{tool} did not compile the engine: {error}") from error
+        if done.returncode == 0:
+            return
+        said = said or done.stderr.strip()
+    raise BuildError(
+        f"{tool} did not compile the engine; solve with compile=False, or name "
+        f"another compiler in the environment variable CXX. It said:\n{said[-2000:]}"
+    )
+
+
+def _fingerprint(tool: str, options: list[str]) -> str:
+    """Return a digest of all that the library depends on."""
+    digest = hashlib.sha256()
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    version = subprocess.run(
+        [tool, "--version"], capture_output=True, timeout=_LONGEST, check=False
+    ).stdout
+    digest.update(version)
+    digest.update(repr((_FLAGS, options, platform.machine(), _processor())).encode())
+    return digest.hexdigest()[:20]
+
+
+def _processor() -> str:
+    """Tell processors apart that share a home directory: code is made for one."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    flags = (line for line in text.splitlines() if line.startswith(("flags", "Feat")))
+    return next(flags, "")
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.skode_tile.restype = ctypes.c_int
+    loaded.skode_begin.argtypes = [ctypes.c_char_p]
+    loaded.skode_begin.restype = ctypes.c_void_p
+    loaded.skode_begin_backward.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    loaded.skode_begin_backward.restype = ctypes.c_int
+    for advance in (loaded.skode_forward, loaded.skode_backward):
+        advance.argtypes = [ctypes.c_void_p, ctypes.c_double]
+        advance.restype = ctypes.c_int
+    loaded.skode_end.argtypes = [ctypes.c_void_p]
+    loaded.skode_end.restype = None
+    return loaded

@@ -1,0 +1,276 @@
+"""Whole solves in compiled code. B rows, T times, D state, S stages, P powers.
+
+A field that is a perceptron, known as data, needs no Python between one
+evaluation and the next: `cpp/` carries tiles of rows through all their steps, forwards
+and, for the gradient of "checkpoint", backwards. The twins to compare with are `loop`
+and `checkpoint`.
+"""
+
+import ctypes
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skode._engine.build import BuildError, library
+from skode._engine.checkpoint import add_idle_times
+from skode._engine.dense import Requests
+from skode._engine.kernel import Perceptron
+from skode._engine.plan import Plan
+from skode._engine.solution import Statistics
+from skode._engine.tableau import Tableau
+
+_MOST_STAGES = 16
+_PATIENCE = 0.2
+"""Seconds between two looks at whether the user has interrupted."""
+
+_WORTH_A_THREAD = 2**18
+"""Multiplications of one evaluation of its rows; a thread takes 30 us to start."""
+
+_REAL = {torch.float32: "float", torch.float64: "double"}
+_OUT_OF_MEMORY = 2
+
+# The structures of `cpp/spec.hpp`, member by member.
+_SPEC = struct.Struct("4P q 5P 3q 5d q 3q 2q 8P 2q")
+_COTANGENTS = struct.Struct("4P 2q 3P")
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A field, and the compiled code that solves it."""
+
+    perceptron: Perceptron
+    library: ctypes.CDLL
+
+
+def code(plan: Plan, y0: Tensor) -> Code | str:
+    """Return what runs a solve, compiled if need be; or what is in the way."""
+    described = getattr(plan.field, "perceptron", None)
+    if described is None:
+        return "the field is not a multilayer perceptron known as data"
+    perceptron = Perceptron(*described())
+    own = perceptron.parameters
+    if plan.params and [id(p) for p in plan.params] != [id(p) for p in own]:
+        return "params are not the field's own parameters"
+    if y0.device.type != "cpu":
+        return f"the state is on {y0.device}, and compiled code runs on the CPU"
+    if y0.dtype not in _REAL or any(p.dtype != y0.dtype for p in own):
+        return f"the state is {y0.dtype} and the parameters are {own[0].dtype}"
+    if plan.tableau.stages > _MOST_STAGES:
+        return f"{plan.tableau.name} has more than {_MOST_STAGES} stages"
+    try:
+        return Code(perceptron, library(_REAL[y0.dtype], perceptron.activation))
+    except BuildError as error:
+        return str(error)
+
+
+class Compiled(torch.autograd.Function):
+    """Solve in compiled code; keep (t, h, y) of each step of each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, code: Code, y0: Tensor, times: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        program = _Program(plan, code, y0, times, record=True)
+        ys, stats = program.forward()
+        ctx.plan, ctx.program = plan, program
+        # The program has the parameters; without gradients of times, nobody reads more.
+        more = (ys[:, -1].clone(), *params) if ctx.needs_input_grad[3] else ()
+        ctx.save_for_backward(y0, times, *more)
+        columns = stats.columns()
+        ctx.mark_non_differentiable(*columns)
+        return ys, *columns
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        y0, times, *more = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A compiled solve has no second derivative: solve with compile=False "
+                "where create_graph=True is needed."
+            )
+        _, _, _, timed, *trained = ctx.needs_input_grad
+        with torch.no_grad():
+            grad_y0, grad_times, grads = ctx.program.backward(grad, timed, any(trained))
+            if grad_times is not None:
+                grad_times = grad_times.to(times.dtype)
+                kernel, requests = ctx.plan.untrained_kernel(), Requests(times)
+                add_idle_times(requests, kernel, grad, y0, more[0], grad_times)
+        return None, None, grad_y0, grad_times, *(grads or (None,) * len(trained))
+
+
+def forward(
+    plan: Plan, code: Code, y0: Tensor, times: Tensor
+) -> tuple[Tensor, Statistics]:
+    """Solve without a gradient; return states (B, T, D)."""
+    return _Program(plan, code, y0, times, record=False).forward()
+
+
+class _Program:
+    """One solve in compiled code, and the steps it keeps there."""
+
+    def __init__(
+        self, plan: Plan, code: Code, y0: Tensor, times: Tensor, record: bool
+    ) -> None:
+        perceptron, self._library = code.perceptron, code.library
+        self._widths = perceptron.widths
+        y0 = y0.contiguous()
+        rows, state = y0.shape
+        self._times = _Times.of(times)
+        self._ys = y0.new_empty(rows, times.shape[1], state)
+        self._reached = torch.empty(rows, dtype=torch.float64)
+        self._time_dtype = times.dtype
+        self._counts = torch.empty(4, rows, dtype=torch.int64)
+        weights = [weight.contiguous() for weight in perceptron.weights]
+        biases = [bias.contiguous() for bias in perceptron.biases]
+        shifts = [shift.contiguous() for shift in perceptron.shifts]
+        layers = [_addresses(x) for x in (weights, biases, shifts)]
+        widths = array("q", perceptron.widths)
+        tolerance, method = plan.tolerance, _method(plan.tableau)
+        spec = _SPEC.pack(
+            *map(_address, layers),
+            _address(widths),
+            len(weights),
+            *method.addresses,
+            *method.numbers,
+            tolerance.rtol,
+            tolerance.atol,
+            tolerance.step_size or 0.0,
+            torch.finfo(times.dtype).eps,
+            tolerance.max_steps,
+            rows,
+            times.shape[1],
+            state,
+            *self._times.strides,
+            y0.data_ptr(),
+            self._times.address,
+            self._ys.data_ptr(),
+            self._reached.data_ptr(),
+            *(self._counts.data_ptr() + 8 * rows * n for n in range(4)),
+            record,
+            _threads(perceptron, rows, self._library.skode_tile()),
+        )
+        # The solve copies the layers, the method and this structure; not the batch.
+        self._handle = self._library.skode_begin(spec)
+        if not self._handle:
+            raise MemoryError(_NO_MEMORY)
+        self._held: Tensor | None = y0
+
+    def forward(self) -> tuple[Tensor, Statistics]:
+        """Solve; return states (B, T, D)."""
+        self._advance(self._library.skode_forward)
+        self._held = None
+        status, *counts = self._counts.unbind()
+        reached = self._reached.to(self._time_dtype)
+        return self._ys, Statistics(status.to(torch.int8), reached, *counts)
+
+    def backward(
+        self, grad: Tensor, timed: bool, trained: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Pull a cotangent (B, T, D) back to y0, to the times and to the parameters.
+
+        Those that are not wanted are None, and none.
+        """
+        grad = grad.contiguous()
+        grad_y0 = torch.empty_like(self._ys[:, 0])
+        grad_t = torch.zeros(grad.shape[:2], dtype=torch.float64) if timed else None
+        grads = self._zeros(grad) if trained else ()
+        depth = len(self._widths) - 1
+        layers = [_addresses(grads[n * depth : (n + 1) * depth]) for n in range(3)]
+        cotangents = _COTANGENTS.pack(
+            grad.data_ptr(),
+            grad_y0.data_ptr(),
+            0 if grad_t is None else grad_t.data_ptr(),
+            self._times.address,
+            *self._times.strides,
+            *(map(_address, layers) if trained else (0, 0, 0)),
+        )
+        if self._library.skode_begin_backward(self._handle, cotangents):
+            raise MemoryError(_NO_MEMORY)
+        self._advance(self._library.skode_backward)
+        return grad_y0, grad_t, grads
+
+    def _zeros(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Return memory for the gradients of weights, biases and shifts."""
+        inputs, outputs = self._widths[:-1], self._widths[1:]
+        shapes = list(zip(outputs, inputs, strict=True))
+        sizes = [n * m for n, m in shapes] + [*outputs, *outputs]
+        parts = like.new_zeros(sum(sizes)).split(sizes)
+        depth = len(shapes)
+        weights = (x.view(n) for x, n in zip(parts[:depth], shapes, strict=True))
+        return *weights, *parts[depth:]
+
+    def _advance(self, run: Callable[[int, float], int]) -> None:
+        """Work until all is done; between two calls Python sees to interrupts."""
+        while progress := run(self._handle, _PATIENCE):
+            if progress == _OUT_OF_MEMORY:
+                raise MemoryError(_NO_MEMORY)
+
+    def __del__(self) -> None:
+        """Free the steps."""
+        if handle := self.__dict__.pop("_handle", None):
+            self._library.skode_end(handle)
+
+
+_NO_MEMORY = "There is no memory for the steps of the solve: pass fewer rows at once."
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Times (B, T) as doubles, stored once where all rows share them."""
+
+    held: "array[float] | Tensor"
+    address: int
+    strides: tuple[int, int]
+
+    @classmethod
+    def of(cls, times: Tensor) -> "_Times":
+        """Convert times (B, T)."""
+        if times.stride(0) == 0:
+            shared = array("d", times[0].tolist())
+            return cls(shared, _address(shared), (0, 1))
+        doubles = times.double().contiguous()
+        return cls(doubles, doubles.data_ptr(), (times.shape[1], 1))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
+    return array("Q", [x.data_ptr() for x in tensors])
+
+
+def _address(stored: "array[Any]") -> int:
+    return stored.buffer_info()[0]
+
+
+class _Method:
+    """A tableau's coefficients as C arrays."""
+
+    def __init__(self, tableau: Tableau) -> None:
+        n = tableau.stages
+        square = [(*row, *[0.0] * (n - len(row))) for row in tableau.a]
+        tables = (
+            [weight for row in square for weight in row],
+            tableau.b,
+            tableau.b_err,
+            (*tableau.c, 1.0),
+            [row[p] for p in range(len(tableau.dense[0])) for row in tableau.dense],
+        )
+        self.numbers = (n, tableau.order, len(tableau.dense[0]), tableau.error_constant)
+        self._arrays = [array("d", table) for table in tables]
+        self.addresses = [_address(x) if x else 0 for x in self._arrays]
+
+
+@lru_cache(maxsize=64)
+def _method(tableau: Tableau) -> _Method:
+    return _Method(tableau)
+
+
+def _threads(perceptron: Perceptron, rows: int, tile: int) -> int:
+    """Return how many threads pay: no more than tiles, and than PyTorch would take."""
+    work = rows * sum(weight.numel() for weight in perceptron.weights)
+    most = min(torch.get_num_threads(), -(-rows // tile), work // _WORTH_A_THREAD)
+    return max(1, most)

@@ -1,0 +1,41 @@
+// What Python passes: plain structures, laid out as ctypes lays out its own.
+// B rows, T times, D state, S stages, P powers of theta. T-typed memory is `void`.
+#pragma once
+
+#include <cstdint>
+
+namespace skode {
+
+struct Spec {
+  // The field: layer l has widths[l] inputs and widths[l + 1] outputs.
+  const void *const *weights, *const *biases, *const *shifts;
+  const std::int64_t *widths;
+  std::int64_t depth;
+  // The method; a (S, S), b (S), b_err (S + 1) or null, c (S + 1), dense (P, S + 1).
+  const double *a, *b, *b_err, *c, *dense;
+  std::int64_t stages, order, powers;
+  double error_constant;
+  // The tolerance. `resolution` is the epsilon of the times' own type.
+  double rtol, atol, step_size, resolution;
+  std::int64_t max_steps;
+  // The batch: y0 (B, D), times (B, T) by strides, ys (B, T, D), the others (B,).
+  std::int64_t rows, times, state, time_stride_row, time_stride;
+  const void *y0;
+  const double *t;
+  void *ys;
+  double *reached;
+  std::int64_t *status, *accepted, *rejected, *nfe;
+  // Whether steps are kept for a gradient, and how many threads share the rows.
+  std::int64_t record, threads;
+};
+
+struct Cotangents {
+  const void *grad_ys; // (B, T, D)
+  void *grad_y0;       // (B, D)
+  double *grad_t;      // (B, T), or null
+  const double *t;     // as in Spec
+  std::int64_t time_stride_row, time_stride;
+  void *const *weights, *const *biases, *const *shifts; // or null
+};
+
+} // namespace skode

@@ -1,0 +1,452 @@
+"""Compiled solves against their twin in PyTorch, and what happens without a compiler.
+
+B rows, T times, D state.
+"""
+
+import gc
+import multiprocessing
+import os
+import stat
+import weakref
+
+import pytest
+import torch
+
+from skode._engine import build, compiled
+from skode._engine.solution import Status
+from skode._engine.solve import FIXED_STEP, solve
+from skode._engine.tableau import TABLEAUX
+from skode._nn.fields import ACTIVATIONS, MLPField
+from tests.problems import normal, scipy_reference
+
+pytestmark = pytest.mark.skipif(
+    isinstance(build._outcome("double", "tanh"), build.BuildError),
+    reason="needs a C++ compiler",
+)
+
+
+def make_field(dim=3, hidden=(7, 9), activation="tanh", scale=2.0, dtype=torch.float64):
+    torch.manual_seed(0)
+    field = MLPField(dim, hidden, activation).to(dtype)
+    with torch.no_grad():
+        for param in field.parameters():
+            param.mul_(scale)
+    return field
+
+
+def solved(field, y0, t, *, compile, **how):
+    how = {"rtol": 1e-6, "atol": 1e-6, "step_size": 0.07, **how}
+    return solve(field, y0, t, params=tuple(field.parameters()), compile=compile, **how)
+
+
+def ragged(rows, count, dtype=torch.float64):
+    """Return times (B, T), each row with a span of its own, some of them backwards."""
+    ends = torch.linspace(-1.0, 2.0, rows, dtype=dtype)[:, None]
+    return 0.3 + ends * torch.linspace(0, 1, count, dtype=dtype)
+
+
+def both(field, y0, t, loss, **how):
+    """Return (solution, gradients) of the twin and of compiled code."""
+    pairs = []
+    for compile in (False, True):
+        inputs = [y0.clone().requires_grad_(), t.clone().requires_grad_()]
+        solution = solved(field, *inputs, compile=compile, **how)
+        wanted = (*inputs, *field.parameters())
+        pairs.append(
+            (
+                solution,
+                torch.autograd.grad(loss(solution.ys), wanted, materialize_grads=True),
+            )
+        )
+    return pairs
+
+
+def weighted(ys):
+    weights = torch.linspace(-1, 2, ys.numel(), dtype=ys.dtype).view_as(ys)
+    return (ys.square() * weights).sum() + (ys * weights).sum()
+
+
+def assert_same(pairs, rtol=1e-10):
+    (twin, twin_grads), (fast, fast_grads) = pairs
+    torch.testing.assert_close(fast.ys, twin.ys, rtol=rtol, atol=rtol, equal_nan=True)
+    assert torch.equal(fast.stats.status, twin.stats.status)
+    # A march of the twin goes on with what is not finite; a compiled one ends there.
+    sound = twin.stats.status != Status.NON_FINITE
+    for name in ("n_accepted", "n_rejected"):
+        counts = getattr(fast.stats, name), getattr(twin.stats, name)
+        assert torch.equal(*(count[sound] for count in counts)), name
+    torch.testing.assert_close(fast.stats.t, twin.stats.t)
+    for one, other in zip(fast_grads, twin_grads, strict=True):
+        # What is small beside the rest of a gradient is its rounding.
+        atol = rtol * float(other.abs().max() + 1e-12)
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("method", TABLEAUX)
+def test_it_agrees_with_its_twin_by_every_method(method, count):
+    field, y0 = make_field(), normal(37, 3, seed=1)
+    tol = 1e-4 if method in ("adaptive_heun", "bosh3") else 1e-7
+    t = ragged(37, count)
+    assert_same(both(field, y0, t, weighted, method=method, rtol=tol, atol=tol), 1e-9)
+
+
+@pytest.mark.parametrize("hidden", [(), (1,), (16,), (33, 5), (8, 12, 3)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_it_agrees_for_every_activation_and_depth(activation, hidden):
+    field = make_field(5, hidden, activation, scale=1.3)
+    y0, t = normal(20, 5, seed=1), torch.linspace(0, 1, 4, dtype=torch.float64)
+    tol = 1e-3 if activation == "relu" else 1e-7
+    assert_same(both(field, y0, t, weighted, rtol=tol, atol=tol), 1e-9)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 6, 7, 8, 9, 17])
+def test_it_agrees_for_widths_that_fill_no_register(dim):
+    field = make_field(dim, (dim + 1, 2 * dim + 1), scale=1.0)
+    y0, t = normal(dim, dim, seed=1), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert_same(both(field, y0, t, weighted))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_single_precision_agrees_up_to_its_rounding(activation):
+    field = make_field(8, (32, 32), activation, 1.5, torch.float32)
+    y0, t = normal(100, 8, seed=1, dtype=torch.float32), torch.tensor([0.0, 0.5, 1.0])
+    (twin, grads), (fast, fast_grads) = both(
+        field, y0, t, weighted, method="rk4", step_size=0.05
+    )
+    torch.testing.assert_close(fast.ys, twin.ys, rtol=1e-4, atol=1e-4)
+    for one, other in zip(fast_grads, grads, strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_right_to_rounding_everywhere(activation, dtype):
+    # One step of Euler's method with unit weights adds the activation itself.
+    field = MLPField(1, (1,), activation).to(dtype)
+    with torch.no_grad():
+        for param in field.parameters():
+            param.zero_()
+        for weight in field.weights:
+            weight.fill_(1.0)
+    size = torch.logspace(-30, 3, 400, dtype=dtype)
+    x = torch.cat((-size.flip(0), torch.zeros(1, dtype=dtype), size))[:, None]
+    t = torch.tensor([0.0, 1.0], dtype=dtype)
+    solution = solved(field, x, t, compile=True, method="euler", step_size=1.0)
+    function = getattr(torch, activation, None) or getattr(
+        torch.nn.functional, activation
+    )
+    eps = torch.finfo(dtype).eps
+    # softplus: to a rounding of x + softplus(x), which is all that is seen here; and
+    # PyTorch's own sum of 1 + exp(x) loses what is small.
+    torch.testing.assert_close(solution.y1, x + function(x), rtol=4 * eps, atol=2 * eps)
+
+
+def test_it_is_right_by_scipy():
+    field, y0 = make_field(scale=3.0), normal(9, 3, seed=3)
+    t = ragged(9, 4)
+    solution = solved(field, y0, t, compile=True, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        solution.ys, scipy_reference(field, y0, t), rtol=1e-7, atol=1e-7
+    )
+
+
+def test_its_gradients_are_those_of_finite_differences():
+    field, y0 = make_field(2, (3,), scale=1.0), normal(3, 2, seed=1)
+    t = torch.tensor([0.0, 0.13, 0.37], dtype=torch.float64)
+
+    def run(y0, t, *_):
+        return solved(field, y0, t, compile=True, method="rk4").ys
+
+    inputs = [x.clone().requires_grad_() for x in (y0, t)]
+    assert torch.autograd.gradcheck(
+        run, (*inputs, *field.parameters()), eps=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_a_row_does_not_depend_on_its_neighbours(method):
+    field, y0 = (
+        make_field(scale=4.0, dtype=torch.float32),
+        normal(100, 3, seed=1, dtype=torch.float32),
+    )
+    t = ragged(100, 4, torch.float32)
+    together = solved(field, y0, t, compile=True, method=method)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:41]
+    apart = solved(field, y0[order], t[order], compile=True, method=method)
+    assert torch.equal(apart.ys, together.ys[order])
+    assert torch.equal(apart.stats.nfe, together.stats.nfe[order])
+    alone = solved(field, y0[7:8], t[7:8], compile=True, method=method)
+    assert torch.equal(alone.ys[0], together.ys[7])
+
+
+def test_threads_change_no_state_and_no_gradient():
+    field, y0 = make_field(8, (64, 64), scale=1.5), normal(700, 8, seed=1)
+    t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            start = y0.clone().requires_grad_()
+            ys = solved(field, start, t, compile=True).ys
+            wanted = (start, *field.parameters())
+            found.append((ys, *torch.autograd.grad(weighted(ys), wanted)))
+    finally:
+        torch.set_num_threads(before)
+    one, three = found
+    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
+    for x, y in zip(one[2:], three[2:], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-9)
+
+
+def test_a_solve_that_is_looked_at_often_is_the_same(monkeypatch):
+    # Control returns to Python after every few steps, as it does once in a while.
+    field, y0, t = make_field(scale=4.0), normal(50, 3, seed=1), ragged(50, 5)
+    how = {"rtol": 1e-9, "atol": 1e-9}
+    twice = []
+    for patience in (compiled._PATIENCE, 0.0):
+        monkeypatch.setattr(compiled, "_PATIENCE", patience)
+        twice.append(both(field, y0, t, weighted, **how)[1])
+    (whole, whole_grads), (parts, part_grads) = twice
+    assert torch.equal(whole.ys, parts.ys)
+    assert all(map(torch.equal, whole_grads, part_grads))
+
+
+def exploding(dtype=torch.float64):
+    """Return y' = relu(y), grown a hundredfold: e^100 over one unit of time."""
+    field = MLPField(1, (1,), "relu").to(dtype)
+    with torch.no_grad():
+        for param in field.parameters():
+            param.zero_()
+        field.weights[0].fill_(100.0)
+        field.weights[1].fill_(1.0)
+    return field
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"max_steps": 7},
+        {"method": "rk4", "step_size": 0.1, "max_steps": 5},
+        {"method": "rk4", "step_size": 0.001},
+        {"method": "euler", "step_size": 0.0005},
+        {},
+    ],
+    ids=["max_steps", "march", "march overflows", "euler overflows", "overflows"],
+)
+def test_failures_are_those_of_its_twin(how):
+    field = exploding(torch.float32)
+    y0 = torch.tensor([[-1.0], [1.0], [torch.nan], [1e-30], [2.0]])
+    t = torch.tensor([0.0, 0.3, 1.0]).repeat(5, 1)
+    t[4] = 0.5
+
+    def sound(ys):
+        return torch.where(torch.isfinite(ys), ys, 0.0).clamp(max=1e3).sum()
+
+    pairs = both(field, y0, t, sound, **how)
+    assert_same(pairs, 1e-3)
+    assert (pairs[1][0].stats.status != Status.SUCCESS).any()
+    assert all(bool(torch.isfinite(x[[0, 4]]).all()) for x in pairs[1][1][:2])
+
+
+def test_a_step_that_cannot_get_shorter_ends_the_row():
+    # The slope jumps from -1e12 to 1e12 at y = 0: no step is short enough.
+    field = MLPField(1, (1,), "tanh")
+    with torch.no_grad():
+        for param in field.parameters():
+            param.zero_()
+        field.weights[0].fill_(1e30)
+        field.weights[1].fill_(-1e12)
+    for compile in (False, True):
+        solution = solved(
+            field,
+            torch.tensor([[1.0]]),
+            torch.tensor([0.0, 1.0]),
+            compile=compile,
+            rtol=1e-6,
+            atol=1e-30,
+        )
+        assert solution.stats.status.tolist() == [Status.STEP_UNDERFLOW]
+
+
+def test_rows_that_stay_and_times_that_repeat():
+    field, y0 = make_field(), normal(6, 3, seed=1)
+    t = torch.tensor(
+        [
+            [0.0, 0.3, 0.31, 0.7, 1.0],
+            [0.0, 0.6, 0.62, 1.4, 2.0],
+            [1.0, 0.7, 0.31, 0.3, 0.0],
+            [0.0, 0.3, 0.31, 0.31, 0.31],
+            [0.2, 0.2, 0.25, 0.9, 0.9],
+            [0.5, 0.5, 0.5, 0.5, 0.5],
+        ],
+        dtype=torch.float64,
+    )
+    for method in ("dopri5", "rk4", "dopri8"):
+        assert_same(both(field, y0, t, weighted, method=method))
+    still = torch.full((6, 2), 0.5, dtype=torch.float64)
+    assert_same(both(field, y0, still, weighted))
+
+
+def test_evaluations_are_counted_as_by_its_twin():
+    field, y0 = make_field(scale=4.0), normal(20, 3, seed=1)
+    for method in ("dopri5", "rk4"):
+        for t in (ragged(20, 2), ragged(20, 5)):
+            with torch.no_grad():
+                twin, fast = (
+                    solved(field, y0, t, compile=compile, method=method).stats
+                    for compile in (False, True)
+                )
+            # The twin evaluates the end of a march for whoever listens to its steps.
+            if method in FIXED_STEP and t.shape[1] > 2:
+                assert ((twin.nfe - fast.nfe) <= 1).all()
+            else:
+                assert torch.equal(twin.nfe, fast.nfe)
+
+
+def test_backward_again_after_retaining_the_graph():
+    field, y0 = make_field(), normal(20, 3, seed=1).requires_grad_()
+    loss = weighted(solved(field, y0, ragged(20, 3), compile=True).ys)
+    (first,) = torch.autograd.grad(loss, y0, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, y0)
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, y0)
+
+
+def test_no_second_derivative():
+    field, y0 = make_field(), normal(5, 3, seed=1).requires_grad_()
+    loss = weighted(solved(field, y0, ragged(5, 2), compile=True).ys)
+    with pytest.raises(RuntimeError, match="compile=False"):
+        torch.autograd.grad(loss, y0, create_graph=True)
+
+
+@pytest.mark.parametrize("own", [{"first_step": 0.1}, {"parts": (1, 2)}], ids=str)
+def test_what_is_not_compiled_is_not_passed_over(own):
+    with pytest.raises(ValueError, match="not possible here: a first step"):
+        solved(make_field(), normal(5, 3, seed=1), ragged(5, 2), compile=True, **own)
+
+
+def test_the_gradient_is_that_of_the_parameters_as_they_were():
+    field, y0 = make_field(), normal(5, 3, seed=1).requires_grad_()
+    t = ragged(5, 2)
+    (wanted,) = torch.autograd.grad(weighted(solved(field, y0, t, compile=True).ys), y0)
+    loss = weighted(solved(field, y0, t, compile=True).ys)
+    with torch.no_grad():
+        for param in field.parameters():
+            param.add_(1.0)
+    (found,) = torch.autograd.grad(loss, y0)
+    assert torch.equal(found, wanted)
+
+
+def test_steps_are_freed_with_the_graph():
+    field, y0 = make_field(), normal(5, 3, seed=1).requires_grad_()
+    ys = solved(field, y0, ragged(5, 2), compile=True).ys
+    program = weakref.ref(ys.grad_fn.program)
+    assert program() is not None
+    del ys
+    gc.collect()
+    assert program() is None
+
+
+def test_a_forward_solve_serves_the_adjoint_too():
+    field, y0 = make_field(scale=1.0), normal(5, 3, seed=1)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    how = {"gradient": "adjoint", "rtol": 1e-9, "atol": 1e-9}
+    assert_same(both(field, y0, t, weighted, **how), 1e-6)
+
+
+def own(t, y):
+    return -y
+
+
+@pytest.mark.parametrize(
+    ("field", "how", "message"),
+    [
+        (own, {}, "not a multilayer perceptron"),
+        (None, {"method": "implicit_adams"}, "not of our own"),
+        (None, {"gradient": "backprop"}, "autograd"),
+        (None, {"gradient": "reversible"}, "steps of its own"),
+    ],
+)
+def test_true_says_what_is_in_the_way_and_auto_goes_round_it(field, how, message):
+    mlp = make_field()
+    y0, t = normal(3, 3, seed=1), torch.tensor([0.0, 0.5], dtype=torch.float64)
+    field = field or mlp
+    how = {"params": tuple(mlp.parameters()), "step_size": 0.1, **how}
+    with pytest.raises(ValueError, match=message):
+        solve(field, y0, t, compile=True, **how)
+    auto = solve(field, y0, t, compile="auto", **how)
+    assert torch.equal(auto.ys, solve(field, y0, t, compile=False, **how).ys)
+
+
+def test_parameters_of_another_field_are_in_the_way():
+    mlp, other = make_field(), make_field()
+    y0, t = normal(3, 3, seed=1), torch.tensor([0.0, 0.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="the field's own parameters"):
+        solve(mlp, y0, t, params=tuple(other.parameters()), compile=True)
+    with pytest.raises(ValueError, match="must be True, False or 'auto'"):
+        solve(mlp, y0, t, compile="yes")
+
+
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    """Forget what was compiled, in memory and on disk."""
+    monkeypatch.setenv("SKODE_CACHE", str(tmp_path / "cache"))
+    build._outcome.cache_clear()
+    yield tmp_path
+    build._outcome.cache_clear()
+
+
+def test_without_a_compiler_auto_solves_in_pytorch(nothing_built, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    field, y0, t = make_field(), normal(3, 3, seed=1), ragged(3, 2)
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler: install"):
+        solved(field, y0, t, compile=True)
+    fast, twin = (solved(field, y0, t, compile=c) for c in ("auto", False))
+    assert torch.equal(fast.ys, twin.ys)
+
+
+def test_a_compiler_that_fails_is_quoted(nothing_built, monkeypatch):
+    broken = nothing_built / "broken"
+    broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(build.BuildError, match="it is broken"):
+        build.library("double", "tanh")
+    assert not list((nothing_built / "cache").glob("*.so"))
+
+
+def test_a_library_that_cannot_be_loaded_is_in_the_way(nothing_built, monkeypatch):
+    fake = nothing_built / "fake"
+    fake.write_text(
+        '#!/bin/sh\nfor last; do :; done\nwhile [ "$1" != -o ]; do shift;'
+        ' done\necho nonsense > "$2"\n'
+    )
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(fake))
+    with pytest.raises(build.BuildError, match="cannot be loaded"):
+        build.library("double", "tanh")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written_is_done_without(nothing_built):
+    nothing_built.chmod(0o500)
+    assert build.library("double", "tanh").skode_tile() > 0
+
+
+def test_a_cache_that_is_a_file_is_done_without(nothing_built):
+    (nothing_built / "cache").write_text("in the way")
+    assert build.library("double", "tanh").skode_tile() > 0
+
+
+def _tile(_):
+    return build.library("float", "relu").skode_tile()
+
+
+def test_processes_that_compile_at_once_share_one_library(nothing_built):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        tiles = pool.map(_tile, range(2), chunksize=1)
+    assert tiles[0] == tiles[1] > 0
+    assert len(list((nothing_built / "cache").glob("*float-relu*.so"))) == 1
