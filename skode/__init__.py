@@ -1,6 +1,7 @@
 """Neural ordinary differential equations for scikit-learn."""
 
 from skode.exceptions import DivergenceError, SolverError, SolverWarning
+from skode.odeint import odeint, odeint_adjoint
 from skode.supervised import ODEClassifier, ODERegressor
 
 __all__ = [
@@ -9,4 +10,6 @@ __all__ = [
     "ODERegressor",
     "SolverError",
     "SolverWarning",
+    "odeint",
+    "odeint_adjoint",
 ]

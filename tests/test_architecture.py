@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "density": _FRONT,
     "forecast": _FRONT,
     "display": {"_border"},
-    "odeint": {"_engine", "exceptions"},
+    "odeint": {"_engine", "_odeint", "exceptions"},
+    "_odeint": {"_engine", "exceptions"},
     "_border": {"exceptions"},
     "_series": {"exceptions"},
     "_training": {"exceptions"},
@@ -58,16 +59,23 @@ FLOORS = {
         {"step", "control", "dense"},
         {"tableau", "solution"},
     ],
+    "_odeint": [
+        {"discrete", "theirs"},
+        {"call", "failure", "kept"},
+        {"layout"},
+    ],
     "_nn": [{"ode_net", "flow", "latent"}, {"divergence"}, {"fields"}],
 }
 
 # The modules of a room that other rooms may import; all, where it has no line.
-DOORS = {"_engine": {"solve", "solution"}}
+DOORS = {"_engine": {"solve", "solution", "kernel", "observer"}}
 
 _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}
 STRANGERS = {
     "_engine": {*_ARRAYS, "torch.nn", "tqdm"},
     "_nn": _ARRAYS,
+    "_odeint": _ARRAYS,
+    "odeint": _ARRAYS,
     "_training": _ARRAYS,
     "exceptions": {*_ARRAYS, "torch"},
 }

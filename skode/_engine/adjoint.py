@@ -17,6 +17,7 @@ of the computed one. B rows, A of them stepping, T times, D state, S stages.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,12 +44,13 @@ class Adjoint(torch.autograd.Function):
         ctx: Any,
         forward: Forward,
         plan: Plan,
+        remedy: str | None,
         y0: Tensor,
         times: Tensor,
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
         ys, stats = forward(y0, times)
-        ctx.plan = plan
+        ctx.plan, ctx.remedy = plan, remedy
         ctx.save_for_backward(ys, times, *params)
         columns = stats.columns()
         ctx.mark_non_differentiable(*columns)
@@ -57,14 +59,21 @@ class Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         require_first_order("adjoint")
-        ys, times, *_params = ctx.saved_tensors
+        ys, times, *params = ctx.saved_tensors
         plan: Plan = ctx.plan
         with torch.no_grad():
-            backwards = _Backwards(plan, ys, times, grad)
+            backwards = _Backwards(plan, ctx.remedy, ys, times, grad)
             grad_y0 = backwards.run()
-            grad_times = backwards.times(grad_y0) if ctx.needs_input_grad[3] else None
+            grad_times = backwards.times(grad_y0) if ctx.needs_input_grad[4] else None
             grad_y0 = grad_y0 + grad[:, 0]
-        return None, None, grad_y0, grad_times, *backwards.quadrature.gradients()
+            # A quadrature of nothing is 0, where the field leaves a parameter unused.
+            grads = [
+                torch.zeros_like(param) if found is None else found
+                for found, param in zip(
+                    backwards.quadrature.gradients(), params, strict=True
+                )
+            ]
+        return None, None, None, grad_y0, grad_times, *grads
 
 
 class _Augmented:
@@ -125,8 +134,13 @@ class _Quadrature:
 class _Backwards:
     """One backward pass over the requested times."""
 
-    def __init__(self, plan: Plan, ys: Tensor, times: Tensor, grad: Tensor) -> None:
-        self._plan, self._ys, self._times, self._grad = plan, ys, times, grad
+    def __init__(
+        self, plan: Plan, remedy: str | None, ys: Tensor, times: Tensor, grad: Tensor
+    ) -> None:
+        tolerance = replace(plan.tolerance, parts=plan.tolerance.parts * 2)
+        self._plan = plan = replace(plan, tolerance=tolerance)
+        self._remedy = remedy
+        self._ys, self._times, self._grad = ys, times, grad
         self.quadrature = plan.kernel()
 
     def run(self) -> Tensor:
@@ -155,7 +169,7 @@ class _Backwards:
         try:
             solution.require_success()
         except SolverError as error:
-            error.remedy = (
+            error.remedy = self._remedy or (
                 "This happened while solving the adjoint backwards in time, where a "
                 "field that contracts forwards expands: gradient='checkpoint' needs "
                 f"no such solve. {error.remedy}"

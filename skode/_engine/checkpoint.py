@@ -17,12 +17,14 @@ span, as differentiable as the span itself: step sizes are chosen by the toleran
 carry no gradient of their own. B rows, A of them in a step, D state, E events.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from skode._engine.backprop import backprop
 from skode._engine.dense import Events, Requests, powers, slopes_of_powers
 from skode._engine.kernel import Evaluator, Kernel
 from skode._engine.plan import Plan
@@ -53,8 +55,10 @@ class Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        require_first_order("checkpoint")
         y0, y1, times, *rest = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (y0, times, *rest[len(rest) - len(ctx.plan.params) :])
+            return None, *_by_autograd(ctx.plan, inputs, grad)
         tape, needs_times = unflat(rest, ctx.steps), ctx.needs_input_grad[2]
         with torch.no_grad():
             reverse = _Reverse(ctx.plan, tape, Requests(times), grad, needs_times)
@@ -74,8 +78,20 @@ def require_first_order(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"gradient={name!r} has no second derivative: solve with "
-            "gradient='backprop' where create_graph=True is needed."
+            "gradient='checkpoint' or 'backprop' where create_graph=True is needed."
         )
+
+
+def _by_autograd(
+    plan: Plan, inputs: tuple[Tensor, ...], grad: Tensor
+) -> Iterator[Tensor | None]:
+    """Yield a gradient that can be differentiated again: autograd's own."""
+    ys, _ = backprop(plan, inputs[0], inputs[1])
+    wanted = [x for x in inputs if x.requires_grad]
+    grads = torch.autograd.grad(ys, wanted, grad, create_graph=True, allow_unused=True)
+    found = iter(grads)
+    for x in inputs:
+        yield next(found) if x.requires_grad else None
 
 
 class _Reverse:

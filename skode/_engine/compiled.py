@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from skode._engine.build import BuildError, library
-from skode._engine.checkpoint import add_idle_times, require_first_order
+from skode._engine.checkpoint import add_idle_times
 from skode._engine.dense import Requests
 from skode._engine.kernel import Perceptron
 from skode._engine.plan import Plan
@@ -88,8 +88,12 @@ class Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        require_first_order("checkpoint")
         y0, times, *more = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A compiled solve has no second derivative: solve with compile=False "
+                "where create_graph=True is needed."
+            )
         _, _, _, timed, *trained = ctx.needs_input_grad
         with torch.no_grad():
             grad_y0, grad_times, grads = ctx.program.backward(grad, timed, any(trained))

@@ -27,23 +27,39 @@ class Controller(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ErrorNorm:
-    """RMS over the state, in units of the tolerance: accept a step at <= 1."""
+    """RMS over the state, in units of the tolerance: accept a step at <= 1.
+
+    Of a state in parts, the largest of the parts' RMS.
+    """
 
     rtol: float
     atol: Tensor
-    """Zero-dimensional; both times sqrt(D), since norms are taken without the mean."""
+    """Zero-dimensional; both times sqrt(D) where the state is one part."""
+    parts: tuple[int, ...]
 
     @classmethod
     def of(cls, tolerance: Tolerance, y: Tensor) -> "ErrorNorm":
         """Return the norm of errors of states like y (A, D)."""
-        root = math.sqrt(y.shape[1])
+        root = 1.0 if tolerance.parts else math.sqrt(y.shape[1])
         # Where atol is nothing in this dtype, 0 / 0 must still be 0.
         atol = max(tolerance.atol * root, torch.finfo(y.dtype).tiny)
-        return cls(tolerance.rtol * root, y.new_full((), atol))
+        return cls(tolerance.rtol * root, y.new_full((), atol), tolerance.parts)
 
     def scale(self, size: Tensor) -> Tensor:
         """Return atol + rtol * size, (A, D), for sizes of states; in place."""
         return torch.add(self.atol, size, alpha=self.rtol, out=size)
+
+    def length(self, scaled: Tensor) -> Tensor:
+        """Return the norm (A,) of what was divided by `scale`, (A, D)."""
+        if not self.parts:
+            return _length(scaled)
+        lengths = [
+            _length(part) / math.sqrt(size)
+            for part, size in zip(
+                scaled.split(self.parts, dim=1), self.parts, strict=True
+            )
+        ]
+        return torch.stack(lengths).amax(dim=0)
 
     def ratio(self, error: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
         """Return the norm (A,) of the local error of a step from y0 to y1 (A, D).
@@ -51,7 +67,7 @@ class ErrorNorm:
         Overwrites `error`. Not finite where the error is not.
         """
         scale = self.scale(torch.maximum(y0.abs(), y1.abs()))
-        return _length(error.div_(scale))
+        return self.length(error.div_(scale))
 
 
 def _length(x: Tensor) -> Tensor:
@@ -74,6 +90,7 @@ class PIController:
     """Of the error estimate: see `Tableau.error_constant`."""
     noise: float
     """A ratio that rounding alone can reach; steps do not follow what is below."""
+    first_step: float | None
     beta: float = 0.04
     safety: float = 0.9
     shrink: float = 0.2
@@ -86,7 +103,13 @@ class PIController:
         """Return the controller of a solve from states like y (A, D)."""
         finest = max(tolerance.rtol, tolerance.atol)
         noise = min(1e-2, 16 * torch.finfo(y.dtype).eps / finest)
-        return cls(ErrorNorm.of(tolerance, y), order, error_constant, noise)
+        return cls(
+            norm=ErrorNorm.of(tolerance, y),
+            order=order,
+            error_constant=error_constant,
+            noise=noise,
+            first_step=tolerance.first_step,
+        )
 
     def first(
         self, kernel: Evaluator, t: Tensor, y: Tensor, slope: Tensor, span: Tensor
@@ -99,16 +122,19 @@ class PIController:
         being the method's error constant, which he leaves out, as he leaves out the
         unit of time.
         """
+        if self.first_step is not None:
+            return torch.full_like(t, self.first_step), 0
         near = span.abs().to(y.dtype).clamp_min_(torch.finfo(y.dtype).tiny)
         scale = self.norm.scale(y.abs())
-        size, speed = _length(y / scale), _length(slope / scale).clamp_min_(1e-30)
+        length = self.norm.length
+        size, speed = length(y / scale), length(slope / scale).clamp_min_(1e-30)
         probe = torch.minimum(size.add_(1.0).div_(speed).mul_(0.01), near)
         signed = torch.copysign(probe, span.to(y.dtype))
         # The probe's time is rounded in the dtype of the times, as every stage's is.
         kernel.begin((t + signed.to(t.dtype)).to(y.dtype)[None])
         there = torch.empty_like(y)
         kernel.evaluate(0, torch.addcmul(y, signed[:, None], slope), there)
-        change = _length(there.sub_(slope).div_(scale)).div_(probe)
+        change = length(there.sub_(slope).div_(scale)).div_(probe)
         wavelength = torch.minimum(speed / change, near)
         # h^q = 0.1 / (e |y'| r^(q - 1)), r being 1 / wavelength.
         first = (speed * wavelength).pow_(-1.0 / self.order).mul_(wavelength)

@@ -9,7 +9,7 @@ own (`HasKernel`) brings its kernel; autograd serves all others.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,14 @@ class HasKernel(Protocol):
         """Bind to one solve; None where `params` are not the field's own."""
 
 
+class Evaluation(NamedTuple):
+    """An evaluation with autograd's history, which leads to t (A,) and y (A, D)."""
+
+    t: Tensor
+    y: Tensor
+    dy: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Perceptron:
     """A field as data: what compiled code needs to solve it.
@@ -105,7 +113,7 @@ class AutogradKernel:
         self._times: tuple[Tensor, ...] = ()
         self._states: Tensor | None = None
         self._cotangents: Tensor | None = None
-        self._memory: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._memory: dict[int, Evaluation] = {}
         self._pulled: dict[int, tuple[Tensor | None, ...]] = {}
         self._sums: list[Tensor | None] = [None] * len(self._params)
 
@@ -131,12 +139,20 @@ class AutogradKernel:
 
     def _linearize(self, slot: int) -> Tensor:
         assert self._states is not None, "linearize follows begin_linear"
+        evaluation = self.remembered(slot, self._states[slot])
+        self.remember(slot, evaluation)
+        return evaluation.dy.detach()
+
+    def remembered(self, slot: int, y: Tensor) -> Evaluation:
+        """Return f(t of the slot, y) with its history."""
         with torch.enable_grad():
             t = self._times[slot].detach().clone().requires_grad_()
-            y = self._states[slot].clone().requires_grad_()
-            dy = checked(self._field(t, y), y)
-        self._memory[slot] = (t, y, dy)
-        return dy.detach()
+            y = y.detach().clone().requires_grad_()
+            return Evaluation(t, y, checked(self._field(t, y), y))
+
+    def remember(self, slot: int, evaluation: Evaluation) -> None:
+        """Take an evaluation from elsewhere for the slot's own."""
+        self._memory[slot] = evaluation
 
     def pull(self, slot: int, out: Tensor) -> None:
         assert self._cotangents is not None, "pull follows linearize"
@@ -147,7 +163,12 @@ class AutogradKernel:
             out.zero_()
             return
         grads = torch.autograd.grad(
-            dy, (y, t, *trained), self._cotangents[slot].clone(), allow_unused=True
+            dy,
+            (y, t, *trained),
+            self._cotangents[slot].clone(),
+            # What the field computed before the solve serves all stages.
+            retain_graph=True,
+            allow_unused=True,
         )
         found = iter(grads[2:])
         self._pulled[slot] = (

@@ -4,7 +4,7 @@ Dense output, the tape of a gradient and the quadrature of the adjoint are obser
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class Step:
     """(S + 1, A, D) stage derivatives, valid until the next step."""
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Is told of every step."""
 

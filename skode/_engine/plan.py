@@ -67,7 +67,10 @@ class Plan:
         requests, dense = self._dense(y0, times)
         kernel = self.untrained_kernel()
         recorder = Recorder(dense, kernel.bounded)
-        ys, stats, y1 = self._solve(kernel, y0, requests, dense, (recorder,))
+        observers: list[Observer] = [recorder]
+        if isinstance(kernel, Observer):  # one that keeps something of its own
+            observers.append(kernel)
+        ys, stats, y1 = self._solve(kernel, y0, requests, dense, observers)
         return ys, stats, requests, recorder.tape(stats.status, y1)
 
     def _dense(self, y0: Tensor, times: Tensor) -> tuple[Requests, DenseOutput | None]:

@@ -57,6 +57,10 @@ class Tolerance:
     atol: float
     step_size: float | None
     max_steps: int
+    first_step: float | None = None
+    """Of adaptive methods; None: chosen from the field."""
+    parts: tuple[int, ...] = ()
+    """Sizes of parts of the state whose errors are judged apart; the largest counts."""
 
     def __post_init__(self) -> None:
         """Refuse tolerances that no solve could meet."""
@@ -68,9 +72,10 @@ class Tolerance:
             raise ValueError("rtol and atol must not both be 0.")
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps!r}.")
-        size = self.step_size
-        if size is not None and not (math.isfinite(size) and size > 0):
-            raise ValueError(f"step_size must be a number > 0, got {size!r}.")
+        for name in ("step_size", "first_step"):
+            size = getattr(self, name)
+            if size is not None and not (math.isfinite(size) and size > 0):
+                raise ValueError(f"{name} must be a number > 0, got {size!r}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,7 +25,23 @@ FIXED_STEP = (
     *(name for name, borrowed in BORROWED.items() if borrowed.fixed_step),
 )
 ADAPTIVE = tuple(name for name in METHODS if name not in FIXED_STEP)
+OWN = TABLEAUX
 GRADIENTS = ("auto", "checkpoint", "adjoint", "reversible", "backprop")
+
+
+@dataclass(frozen=True, slots=True)
+class AdjointSolve:
+    """How to solve backwards in time, where not as forwards."""
+
+    method: str
+    """One of `OWN`."""
+    rtol: float
+    atol: float
+    step_size: float | None
+    max_steps: int
+    first_step: float | None
+    remedy: str
+    """What to tell of a solve that fails."""
 
 
 def solve(
@@ -39,6 +56,9 @@ def solve(
     step_size: float | None = None,
     max_steps: int = 10_000,
     gradient: str = "auto",
+    first_step: float | None = None,
+    parts: Sequence[int] = (),
+    adjoint: AdjointSolve | None = None,
     compile: bool | str = False,
 ) -> Solution:
     """Solve dy/dt = f(t, y) for a batch of rows, each with steps of its own.
@@ -75,13 +95,19 @@ def solve(
         twice as much, are less stable, and are taken where no gradient is wanted,
         too; memory for two bytes per row and step of an adaptive method, and for
         nothing per step of one of fixed steps; methods of our own only. "backprop":
-        autograd through every operation; the only one that can be differentiated
-        again.
+        autograd through every operation; what "checkpoint" does, too, if it is to
+        be differentiated again.
         "auto": "checkpoint" for methods of our own, "backprop" for torchdiffeq's,
         "adjoint" for SciPy's. The adjoint of those that are not our own is solved by
         "dopri5". Where autograd passes through torchdiffeq, the first of several
         equal times has all of their gradient.
-
+    first_step : float or None, default=None
+        First step that an adaptive method tries; None: chosen for each row.
+    parts : sequence of int, default=()
+        Sizes of parts of the state, which sum to D: the error norm is then the largest
+        of the parts' root mean squares.
+    adjoint : AdjointSolve or None, default=None
+        How ``gradient="adjoint"`` solves backwards; None: as forwards.
     compile : bool or "auto", default=False
         Whether to run the whole solve in compiled code: a perceptron on a CPU, with a
         method of our own, and the gradient "checkpoint" if one is wanted. The code is
@@ -102,10 +128,12 @@ def solve(
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}.")
-    tolerance = Tolerance(rtol, atol, step_size, max_steps)
+    tolerance = Tolerance(rtol, atol, step_size, max_steps, first_step, tuple(parts))
     parsed = parse_method(method, step_size)
     times = _parse_times(y0, t)
     params = tuple(params)
+    if parts and sum(parts) != y0.shape[1]:
+        raise ValueError(f"parts must sum to {y0.shape[1]}, got {tuple(parts)}.")
     if len(y0) == 0:
         return _nothing(y0, times, tolerance)
     wanted = torch.is_grad_enabled() and any(
@@ -113,12 +141,12 @@ def solve(
     )
     if isinstance(parsed, Borrowed):
         forward = Loan(field, parsed, tolerance).run
-        adjoint = _borrowed_adjoint(method, parsed, gradient)
+        by_adjoint = _borrowed_adjoint(method, parsed, gradient)
         # Explicit steps with an error estimate suit the adjoint of any method.
         plan = Plan(field, TABLEAUX["dopri5"], tolerance, params)
     else:
         plan = Plan(field, parsed, tolerance, params)
-        forward, adjoint = plan.forward, gradient == "adjoint"
+        forward, by_adjoint = plan.forward, gradient == "adjoint"
         if gradient == "reversible":  # a scheme of its own, differentiated or not
             forward = partial(reversible, plan)
     taped = wanted and gradient == "backprop"
@@ -128,8 +156,11 @@ def solve(
     if not wanted:
         with torch.no_grad():
             ys, stats = forward(y0.detach(), times.detach())
-    elif adjoint:
-        ys, *columns = Adjoint.apply(forward, plan, y0, times, *params)  # type: ignore[no-untyped-call]
+    elif by_adjoint:
+        remedy = None
+        if adjoint is not None:
+            plan, remedy = _backwards(plan, adjoint), adjoint.remedy
+        ys, *columns = Adjoint.apply(forward, plan, remedy, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
     elif isinstance(parsed, Borrowed):
         ys, stats = forward(y0, times)
@@ -145,6 +176,18 @@ def solve(
         ys, *columns = Checkpoint.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)
     return Solution(ys, stats, tolerance, fixed_step=method in FIXED_STEP)
+
+
+def _backwards(plan: Plan, adjoint: AdjointSolve) -> Plan:
+    tolerance = replace(
+        plan.tolerance,
+        rtol=adjoint.rtol,
+        atol=adjoint.atol,
+        step_size=adjoint.step_size,
+        max_steps=adjoint.max_steps,
+        first_step=adjoint.first_step,
+    )
+    return replace(plan, tableau=OWN[adjoint.method], tolerance=tolerance)
 
 
 def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
@@ -194,6 +237,8 @@ def _compiled_code(
         found = "the method is not of our own"
     elif gradient == "reversible":
         found = "gradient='reversible' takes steps of its own"
+    elif plan.tolerance.first_step is not None or plan.tolerance.parts:
+        found = "a first step of one's own, or a state in parts, is not compiled"
     elif taped:
         found = "gradient='backprop' is autograd's, through operations of PyTorch"
     else:

@@ -141,3 +141,15 @@ def test_step_sizes_that_are_none(bad):
 def test_no_steps_at_all(bad):
     with pytest.raises(ValueError, match=f"max_steps must be at least 1, got {bad}"):
         ask(max_steps=bad)
+
+
+def test_parts_must_make_up_the_state():
+    with pytest.raises(ValueError, match=r"parts must sum to 3, got \(1, 1\)"):
+        solve(lambda t, y: -y, torch.ones(2, 3), torch.tensor([0.0, 1.0]), parts=(1, 1))
+
+
+@pytest.mark.parametrize("first_step", [0.0, -1.0, float("inf")])
+def test_first_step_must_be_positive(first_step):
+    t = torch.tensor([0.0, 1.0])
+    with pytest.raises(ValueError, match="first_step must be a number > 0"):
+        solve(lambda t, y: -y, torch.ones(2, 3), t, first_step=first_step)

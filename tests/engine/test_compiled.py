@@ -333,8 +333,14 @@ def test_backward_again_after_retaining_the_graph():
 def test_no_second_derivative():
     field, y0 = make_field(), normal(5, 3, seed=1).requires_grad_()
     loss = weighted(solved(field, y0, ragged(5, 2), compile=True).ys)
-    with pytest.raises(RuntimeError, match="backprop"):
+    with pytest.raises(RuntimeError, match="compile=False"):
         torch.autograd.grad(loss, y0, create_graph=True)
+
+
+@pytest.mark.parametrize("own", [{"first_step": 0.1}, {"parts": (1, 2)}], ids=str)
+def test_what_is_not_compiled_is_not_passed_over(own):
+    with pytest.raises(ValueError, match="not possible here: a first step"):
+        solved(make_field(), normal(5, 3, seed=1), ragged(5, 2), compile=True, **own)
 
 
 def test_the_gradient_is_that_of_the_parameters_as_they_were():
