@@ -29,9 +29,9 @@ SIZES = ((32, 8, 32), (256, 16, 64), (1024, 32, 128), (8192, 32, 128))
 TOLERANCES = (1e-3, 1e-5)
 FACTORS = {"mild": 1.0, "hard": 4.0}
 
-BURST, SHARE = 0.015, 1.5
-"""Seconds for which a contestant repeats short runs in its turn, and seconds after
-which it has no further turn."""
+BURST, SHARE, LONG = 0.015, 1.5, 4.0
+"""Seconds for which a contestant repeats short runs in its turn; seconds of its turns
+after which it has no further one; and seconds of a first run that is enough."""
 SLACK = 100.0
 """How many times our error, or the tolerance, the error of a contestant may be. Those
 of continuous adjoints on hard fields are thirty times as large; whoever solves
@@ -161,35 +161,42 @@ class Clock:
     """Seconds of the runs of a contestant."""
 
     run: Run
-    first: float = 0.0
-    """Of the first run and its preparation."""
-    taken: list[float] | None = None
+    warm_up: float
+    """Preparation and first run."""
+    turns: list[float]
+    """Median of each turn."""
 
     @classmethod
     def start(cls, contestant: Contestant, case: Case) -> "tuple[Clock, Sequence[Any]]":
         """Prepare, warm up, and return also what the first run computed."""
         begin = time.perf_counter()
         run = contestant.prepare(case)
+        ready = time.perf_counter()
         found = run()
         _settle(case.y0)
-        return cls(run, time.perf_counter() - begin, []), found
+        end = time.perf_counter()
+        # A long run needs no warming up.
+        long = end - ready > LONG and not contestant.compiled
+        return cls(run, end - begin, [end - ready] if long else []), found
 
     def turn(self, like: Tensor) -> None:
         """Run for a moment, or once."""
-        assert self.taken is not None, "started"
-        end = time.perf_counter() + BURST
-        while True:
+        taken = []
+        while sum(taken) < BURST:
             begin = time.perf_counter()
             self.run()
             _settle(like)
-            now = time.perf_counter()
-            self.taken.append(now - begin)
-            if now > end:
-                return
+            taken.append(time.perf_counter() - begin)
+        self.turns.append(median(taken))
 
     @property
     def median(self) -> float:
-        return median(self.taken or [self.first])
+        return median(self.turns)
+
+    def ratio(self, base: "Clock") -> float:
+        """Return the median of the ratios to another clock, turn by turn."""
+        pairs = zip(self.turns, base.turns, strict=False)
+        return median(own / other for own, other in pairs)
 
 
 def _settle(like: Tensor) -> None:
@@ -201,7 +208,7 @@ def take_turns(clocks: Mapping[str, Clock], turns: int, like: Tensor) -> None:
     """Time all in turn, so that a busy machine slows all alike."""
     for _ in range(turns):
         for clock in clocks.values():
-            if sum(clock.taken or ()) < SHARE:
+            if sum(clock.turns) < SHARE:
                 clock.turn(like)
 
 

@@ -74,7 +74,7 @@ RIVALS = {
     "diffrax vmap": ("diffrax vmap", "diffrax vmap backsolve"),
 }
 """Columns of the ratios: the faster one of each group counts."""
-BARE, MEAN, REPLAYED = "bare", "bare, mean row", "bare, replayed"
+BARES = BARE, MEAN, REPLAYED = "bare", "bare, mean row", "bare, replayed"
 
 
 def prepare(case: Case, kind: str, **options) -> Run:
@@ -145,23 +145,25 @@ def yardsticks(kind: str, slowest: Work, mean: Work) -> list[Contestant]:
 
 @dataclass
 class Table:
-    """Seconds and errors of one kind of run, by case and name."""
+    """Times and errors of one kind of run, by case and name."""
 
     own: str
     names: list[str]
-    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    clocks: dict[str, dict[str, Clock]] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluations: dict[str, str] = field(default_factory=dict)
 
     def overheads(self, title: str) -> str:
         """Return everybody's time over that of the bare arithmetic."""
-        bares = [name for name in (MEAN, REPLAYED) if name in self.names]
-        runners = [n for n in self.names if n not in (BARE, MEAN, REPLAYED)]
-        names = runners + bares
+        some = next(iter(self.clocks.values()))
+        names = [n for n in self.names if n != BARE and (n not in BARES or n in some)]
         lines = _head(f"{title}, times bare", "evaluations", f"{BARE}, ms", *names)
-        for case, taken in self.seconds.items():
-            cells = (_cell(taken.get(name), taken[BARE]) for name in names)
-            ms = f"{1e3 * taken[BARE]:.3g}"
+        for case, clocks in self.clocks.items():
+            base = clocks[BARE]
+            cells = (
+                _cell(clocks[n].ratio(base) if n in clocks else None) for n in names
+            )
+            ms = f"{1e3 * base.median:.3g}"
             lines.append(_line(case, self.evaluations[case], ms, *cells))
         return "\n".join(lines)
 
@@ -173,19 +175,18 @@ class Table:
             if any(name in self.names for name in group)
         }
         lines = _head(f"{title}, times {self.own}", f"{self.own}, ms", *rivals)
-        for case, taken in self.seconds.items():
+        for case, clocks in self.clocks.items():
+            own = clocks[self.own]
             best = (
-                min((taken[name] for name in group if name in taken), default=None)
+                min((clocks[n].ratio(own) for n in group if n in clocks), default=None)
                 for group in rivals.values()
             )
-            own = taken[self.own]
-            cells = (_cell(seconds, own) for seconds in best)
-            lines.append(_line(case, f"{1e3 * own:.3g}", *cells))
+            lines.append(_line(case, f"{1e3 * own.median:.3g}", *map(_cell, best)))
         return "\n".join(lines)
 
     def accuracy(self, title: str) -> str:
         """Return everybody's error."""
-        names = [name for name in self.names if name not in (BARE, MEAN, REPLAYED)]
+        names = [name for name in self.names if name not in BARES]
         lines = _head(f"{title}, relative error", *names)
         for case, errors in self.errors.items():
             cells = (f"{errors[n]:.1e}" if n in errors else "-" for n in names)
@@ -201,8 +202,8 @@ def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(seconds: float | None, base: float) -> str:
-    return "-" if seconds is None else f"{seconds / base:.2f}"
+def _cell(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 @dataclass
@@ -244,18 +245,14 @@ class Benchmark:
             for yardstick in yardsticks(kind, slowest, mean):
                 clocks[yardstick.name] = Clock.start(yardstick, case)[0]
             take_turns(clocks, self.turns, case.y0)
-            seconds = {name: clock.median for name, clock in clocks.items()}
             for contestant in contestants:
                 if contestant.compiled and contestant.name in clocks:
-                    spent = clocks[contestant.name].first - seconds[contestant.name]
+                    clock = clocks[contestant.name]
                     by_size = self.compiling.setdefault((kind, contestant.name), {})
-                    by_size.setdefault(size, spent)
-            names = [
-                *(c.name for c in contestants),
-                *(n for n in seconds if n.startswith(BARE)),
-            ]
+                    by_size.setdefault(size, clock.warm_up - clock.median)
+            names = [*(c.name for c in contestants), *BARES]
             table = self.tables.setdefault(kind, Table(own, names))
-            table.seconds[name], table.errors[name] = seconds, errors
+            table.clocks[name], table.errors[name] = clocks, errors
             table.evaluations[name] = (
                 f"{slowest.evaluations} / {mean.evaluations} / {evaluations(case)}"
             )
