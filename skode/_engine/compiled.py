@@ -74,100 +74,63 @@ class Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, code: Code, y0: Tensor, times: Tensor, *params: Tensor
-    ) -> tuple[Tensor, ...]:
-        program = _Program(plan, code, y0, times, record=True)
-        ys, stats = program.forward()
+        ctx: Any,
+        plan: Plan,
+        program: "_Program",
+        ys: Tensor,
+        y0: Tensor,
+        times: Tensor,
+        *params: Tensor,
+    ) -> Tensor:
         ctx.plan, ctx.program = plan, program
         # The program has the parameters; without gradients of times, nobody reads more.
-        more = (ys[:, -1].clone(), *params) if ctx.needs_input_grad[3] else ()
+        more = (ys[:, -1].clone(), *params) if ctx.needs_input_grad[4] else ()
         ctx.save_for_backward(y0, times, *more)
-        columns = stats.columns()
-        ctx.mark_non_differentiable(*columns)
-        return ys, *columns
+        return ys.view_as(ys)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y0, times, *more = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "A compiled solve has no second derivative: solve with compile=False "
                 "where create_graph=True is needed."
             )
-        _, _, _, timed, *trained = ctx.needs_input_grad
+        timed, *trained = ctx.needs_input_grad[4:]
         with torch.no_grad():
             grad_y0, grad_times, grads = ctx.program.backward(grad, timed, any(trained))
             if grad_times is not None:
                 grad_times = grad_times.to(times.dtype)
                 kernel, requests = ctx.plan.untrained_kernel(), Requests(times)
                 add_idle_times(requests, kernel, grad, y0, more[0], grad_times)
-        return None, None, grad_y0, grad_times, *(grads or (None,) * len(trained))
+        own = grads or (None,) * len(trained)
+        return None, None, None, grad_y0, grad_times, *own
 
 
 def forward(
     plan: Plan, code: Code, y0: Tensor, times: Tensor
 ) -> tuple[Tensor, Statistics]:
     """Solve without a gradient; return states (B, T, D)."""
-    return _Program(plan, code, y0, times, record=False).forward()
+    _, ys, stats = _run(plan, code, y0, times, record=False)
+    return ys, stats
+
+
+def differentiable(
+    plan: Plan, code: Code, y0: Tensor, times: Tensor
+) -> tuple[Tensor, Statistics]:
+    """Solve with a gradient for y0, the times and the parameters of the plan."""
+    with torch.no_grad():
+        program, ys, stats = _run(plan, code, y0, times, record=True)
+    apply: Callable[..., Tensor] = Compiled.apply
+    return apply(plan, program, ys, y0, times, *plan.params), stats
 
 
 class _Program:
-    """One solve in compiled code, and the steps it keeps there."""
+    """The steps of one solve, in compiled code."""
 
-    def __init__(
-        self, plan: Plan, code: Code, y0: Tensor, times: Tensor, record: bool
-    ) -> None:
-        perceptron, self._library = code.perceptron, code.library
-        self._widths = perceptron.widths
-        y0 = y0.contiguous()
-        rows, state = y0.shape
-        self._times = _Times.of(times)
-        self._ys = y0.new_empty(rows, times.shape[1], state)
-        self._reached = torch.empty(rows, dtype=torch.float64)
-        self._time_dtype = times.dtype
-        self._counts = torch.empty(4, rows, dtype=torch.int64)
-        weights = [weight.contiguous() for weight in perceptron.weights]
-        biases = [bias.contiguous() for bias in perceptron.biases]
-        shifts = [shift.contiguous() for shift in perceptron.shifts]
-        layers = [_addresses(x) for x in (weights, biases, shifts)]
-        widths = array("q", perceptron.widths)
-        tolerance, method = plan.tolerance, _method(plan.tableau)
-        spec = _SPEC.pack(
-            *map(_address, layers),
-            _address(widths),
-            len(weights),
-            *method.addresses,
-            *method.numbers,
-            tolerance.rtol,
-            tolerance.atol,
-            tolerance.step_size or 0.0,
-            torch.finfo(times.dtype).eps,
-            tolerance.max_steps,
-            rows,
-            times.shape[1],
-            state,
-            *self._times.strides,
-            y0.data_ptr(),
-            self._times.address,
-            self._ys.data_ptr(),
-            self._reached.data_ptr(),
-            *(self._counts.data_ptr() + 8 * rows * n for n in range(4)),
-            record,
-            _threads(perceptron, rows, self._library.skode_tile()),
-        )
-        # The solve copies the layers, the method and this structure; not the batch.
-        self._handle = self._library.skode_begin(spec)
-        if not self._handle:
-            raise MemoryError(_NO_MEMORY)
-        self._held: Tensor | None = y0
-
-    def forward(self) -> tuple[Tensor, Statistics]:
-        """Solve; return states (B, T, D)."""
-        self._advance(self._library.skode_forward)
-        self._held = None
-        status, *counts = self._counts.unbind()
-        reached = self._reached.to(self._time_dtype)
-        return self._ys, Statistics(status.to(torch.int8), reached, *counts)
+    def __init__(self, code: Code, handle: int, times: "_Times") -> None:
+        self._library, self._handle = code.library, handle
+        self._widths, self._times = code.perceptron.widths, times
 
     def backward(
         self, grad: Tensor, timed: bool, trained: bool
@@ -177,7 +140,7 @@ class _Program:
         Those that are not wanted are None, and none.
         """
         grad = grad.contiguous()
-        grad_y0 = torch.empty_like(self._ys[:, 0])
+        grad_y0 = grad.new_empty(grad.shape[0], grad.shape[2])
         grad_t = torch.zeros(grad.shape[:2], dtype=torch.float64) if timed else None
         grads = self._zeros(grad) if trained else ()
         depth = len(self._widths) - 1
@@ -192,7 +155,7 @@ class _Program:
         )
         if self._library.skode_begin_backward(self._handle, cotangents):
             raise MemoryError(_NO_MEMORY)
-        self._advance(self._library.skode_backward)
+        self.advance(self._library.skode_backward)
         return grad_y0, grad_t, grads
 
     def _zeros(self, like: Tensor) -> tuple[Tensor, ...]:
@@ -205,7 +168,7 @@ class _Program:
         weights = (x.view(n) for x, n in zip(parts[:depth], shapes, strict=True))
         return *weights, *parts[depth:]
 
-    def _advance(self, run: Callable[[int, float], int]) -> None:
+    def advance(self, run: Callable[[int, float], int]) -> None:
         """Work until all is done; between two calls Python sees to interrupts."""
         while progress := run(self._handle, _PATIENCE):
             if progress == _OUT_OF_MEMORY:
@@ -215,6 +178,57 @@ class _Program:
         """Free the steps."""
         if handle := self.__dict__.pop("_handle", None):
             self._library.skode_end(handle)
+
+
+def _run(
+    plan: Plan, code: Code, y0: Tensor, times: Tensor, record: bool
+) -> tuple[_Program, Tensor, Statistics]:
+    """Solve; return the steps, if they are to be kept, and states (B, T, D)."""
+    perceptron, tolerance = code.perceptron, plan.tolerance
+    y0 = y0.contiguous()
+    rows, state = y0.shape
+    layers = [
+        [x.contiguous() for x in group]
+        for group in (perceptron.weights, perceptron.biases, perceptron.shifts)
+    ]
+    addresses = [_addresses(group) for group in layers]
+    widths, method = array("q", perceptron.widths), _method(plan.tableau)
+    doubles = _Times.of(times)
+    ys = y0.new_empty(rows, times.shape[1], state)
+    reached = torch.empty(rows, dtype=torch.float64)
+    counts = torch.empty(4, rows, dtype=torch.int64)
+    spec = _SPEC.pack(
+        *map(_address, addresses),
+        _address(widths),
+        len(perceptron.weights),
+        *method.addresses,
+        *method.numbers,
+        tolerance.rtol,
+        tolerance.atol,
+        tolerance.step_size or 0.0,
+        torch.finfo(times.dtype).eps,
+        tolerance.max_steps,
+        rows,
+        times.shape[1],
+        state,
+        *doubles.strides,
+        y0.data_ptr(),
+        doubles.address,
+        ys.data_ptr(),
+        reached.data_ptr(),
+        *(counts.data_ptr() + 8 * rows * n for n in range(4)),
+        record,
+        _threads(perceptron, rows, code.library.skode_tile()),
+    )
+    # The solve copies the layers, the method and this structure; not the batch.
+    handle = code.library.skode_begin(spec)
+    if not handle:
+        raise MemoryError(_NO_MEMORY)
+    program = _Program(code, handle, doubles)
+    program.advance(code.library.skode_forward)
+    status, *numbers = counts.unbind()
+    stats = Statistics(status.to(torch.int8), reached.to(times.dtype), *numbers)
+    return program, ys, stats
 
 
 _NO_MEMORY = "There is no memory for the steps of the solve: pass fewer rows at once."

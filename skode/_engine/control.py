@@ -118,9 +118,9 @@ class PIController:
 
         His probe, a hundredth of the way to a state as large again, tells the rate r
         at which the slope changes; we take it to be at least one per span. The step
-        errs by a tenth of the tolerance where y' = r y: e h |y'| (r h)^(q - 1), e
-        being the method's error constant, which he leaves out, as he leaves out the
-        unit of time.
+        errs as every step is meant to, by safety^q of the tolerance, where y' = r y: by
+        e h |y'| (r h)^(q - 1), e being the method's error constant, which he leaves
+        out, as he leaves out the unit of time.
         """
         if self.first_step is not None:
             return torch.full_like(t, self.first_step), 0
@@ -136,9 +136,9 @@ class PIController:
         kernel.evaluate(0, torch.addcmul(y, signed[:, None], slope), there)
         change = length(there.sub_(slope).div_(scale)).div_(probe)
         wavelength = torch.minimum(speed / change, near)
-        # h^q = 0.1 / (e |y'| r^(q - 1)), r being 1 / wavelength.
+        # h^q = safety^q / (e |y'| r^(q - 1)), r being 1 / wavelength.
         first = (speed * wavelength).pow_(-1.0 / self.order).mul_(wavelength)
-        first.mul_((0.1 / self.error_constant) ** (1.0 / self.order))
+        first.mul_(self.safety / self.error_constant ** (1.0 / self.order))
         # A probe that leaves the domain of the field (NaN) asks for a small step.
         first = torch.fmax(first, near.mul_(1e-6))
         return first.to(t.dtype), 1

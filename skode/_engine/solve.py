@@ -170,8 +170,7 @@ def solve(
     elif gradient == "backprop":
         ys, stats = backprop(plan, y0, times)
     elif code is not None:
-        ys, *columns = compiled.Compiled.apply(plan, code, y0, times, *params)  # type: ignore[no-untyped-call]
-        stats = Statistics(*columns)
+        ys, stats = compiled.differentiable(plan, code, y0, times)
     else:
         ys, *columns = Checkpoint.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
         stats = Statistics(*columns)

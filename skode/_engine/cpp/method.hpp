@@ -64,7 +64,7 @@ public:
     atol = T(std::fmax(spec.atol * root, double(std::numeric_limits<T>::min())));
     const double finest = std::fmax(spec.rtol, spec.atol);
     noise_ = std::fmin(1e-2, 16.0 * std::numeric_limits<T>::epsilon() / finest);
-    constant_ = std::pow(0.1 / spec.error_constant, 1.0 / order_);
+    constant_ = safety / std::pow(spec.error_constant, 1.0 / order_);
   }
 
   // `size` and `speed`: norms of the state and of its slope; `change`: of the slope's
