@@ -1,0 +1,134 @@
+"""Rows that stay in place until all have ended: memory of fixed shape.
+
+What steps without a host synchronisation needs, be it a kernel that takes many steps
+per launch or a recorded graph that is replayed. B rows, T requested times, D state, C
+slots of a tape.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skode._engine.dense import Requests
+from skode._engine.solution import Statistics, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """Where B rows stand; written in place."""
+
+    times: Tensor
+    """(B, T) requested."""
+    clock: Tensor
+    """(5, B) t, t1, left, proposed step and the controller's memory."""
+    counts: Tensor
+    """(5, B) of int32: attempts, rejected, status, next time inside and where to stop."""
+    y: Tensor
+    """(B, D)."""
+    slope: Tensor
+    """(B, D) f(t, y)."""
+    inside: Tensor | None
+    """(B, T, D) states at times inside steps; None where no time is."""
+
+    @classmethod
+    def at(cls, y0: Tensor, requests: Requests) -> "Lanes":
+        """Return memory with rows at their first state; their clock is not set."""
+        times = requests.times.contiguous()
+        batch, count = times.shape
+        counts = torch.zeros(5, batch, dtype=torch.int32, device=y0.device)
+        inside = None
+        if requests.any_inside:
+            counts[3] = requests.at_start.sum(dim=1)
+            counts[4] = count - requests.at_end.sum(dim=1)
+            inside = y0.new_full((batch, count, y0.shape[1]), torch.nan)
+        y = y0.clone(memory_format=torch.contiguous_format)
+        clock = times.new_empty(5, batch)
+        return cls(times, clock, counts, y, torch.empty_like(y), inside)
+
+    def finish(self, stages: int) -> tuple[Tensor, Statistics]:
+        """Return the last states (B, D) and what became of every row."""
+        attempts, rejected, status = self.counts[:3].to(torch.int64)
+        status = torch.where(self.clock[2] > 0, int(Status.MAX_STEPS), status)
+        lost = ((self.y * 0).sum(dim=1) != 0) & (status == Status.SUCCESS)
+        status = status.masked_fill(lost, Status.NON_FINITE).to(torch.int8)
+        accepted, nfe = attempts - rejected, attempts * stages + 2
+        t = self.clock[0].clone()
+        return self.y, Statistics(status, t, accepted, rejected, nfe)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Up to C accepted steps of every row; the next chunk goes on from there."""
+
+    clock: Tensor
+    """(2, C, B) t and signed h."""
+    y: Tensor
+    """(C, B, D) before the step."""
+    due: Tensor
+    """(2, C, B) of int32: which requested times lie inside, first and past the last."""
+    used: Tensor
+    """(B,) of int32: how many slots the row filled."""
+
+    @classmethod
+    def like(cls, lanes: Lanes, slots: int) -> "Chunk":
+        """Return an empty chunk for rows that step in `lanes`."""
+        batch, dim = lanes.y.shape
+        due = slots if lanes.inside is not None else 0
+        return cls(
+            lanes.clock.new_empty(2, slots, batch),
+            lanes.y.new_empty(slots, batch, dim),
+            lanes.counts.new_empty(2, due, batch),
+            lanes.counts.new_zeros(batch),
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all of them, as the constructor takes them."""
+        return self.clock, self.y, self.due, self.used
+
+
+def drive(launch: Callable[[int], Tensor], attempts: int, max_steps: int) -> None:
+    """Launch until no row is left, or `max_steps` attempts were made.
+
+    Parameters
+    ----------
+    launch : callable
+        Makes so many attempts more; returns a tensor that holds, once they are done,
+        something other than 0 if a row has yet a way to go.
+    attempts : int
+        Of one launch.
+
+    Notes
+    -----
+    On a GPU the answer is read while the launch behind it is under way, which finds
+    nothing to do if there was nothing left.
+    """
+    answer: Callable[[], bool] | None = None
+    made = 0
+    while made < max_steps:
+        now = min(attempts, max_steps - made)
+        alive = launch(now)
+        made += now
+        later = _read_later(alive)
+        if answer is not None and not answer():
+            return
+        answer = later
+        if alive.device.type == "cpu" and not answer():
+            return
+
+
+def _read_later(alive: Tensor) -> Callable[[], bool]:
+    """Send the answer to the host; return how to wait for it."""
+    if alive.device.type != "cuda":
+        return lambda: bool(alive.any())
+    onto = torch.empty((), dtype=torch.bool, pin_memory=True)
+    onto.copy_(alive.any(), non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def answer() -> bool:
+        arrived.synchronize()  # host sync, with the next launch under way
+        return bool(onto)
+
+    return answer
