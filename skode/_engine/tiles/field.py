@@ -1,8 +1,14 @@
 """The perceptron inside a kernel. N rows of a tile, widths padded to powers of two.
 
 Parameters stand in one vector (`Layers.flat`) and are read as zeros in the padding, so
-that what stands in columns of padding reaches no column of the state. WIDTHS, PADDED
-and OFFSETS are those of `Shape`.
+that what stands in columns of padding reaches no column of the state.
+
+Between layers, activations pass through memory of the program's own, small enough to
+stay in the caches of its multiprocessor: matrices go through the registers chunk by
+chunk. (Held in registers as a whole, they spill: 26,000 local loads in a step of 20,000
+multiplications was what the assembler made of it.) A slot of that memory holds the
+inputs of all layers, (N, PADDED[l]) one behind the other: PLACES tells where, in
+columns. What one thread writes there another reads, so barriers stand in between.
 """
 
 import triton
@@ -24,25 +30,28 @@ def length(x):
 @triton.jit
 def finite(x):
     """Return which rows of x (N, D) are finite."""
-    return tl.sum((tl.abs(x) < float("inf")).to(tl.int32), axis=1) == x.shape[1]
+    return tl.min((tl.abs(x) < float("inf")).to(tl.int32), axis=1) > 0
 
 
 @triton.jit
-def weighted(parts, weights: tl.constexpr, count: tl.constexpr):
-    """Return sum_j weights_j parts_j of the first `count` parts, (N, D)."""
-    total = parts[0] * weights[0]
-    for j in tl.static_range(1, count):
-        if weights[j] != 0.0:
-            total += parts[j] * weights[j]
-    return total
+def weighted(
+    table,
+    stages,
+    cell,
+    count,
+    MOST: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Return sum_j table_j k_j of the first `count` of at most MOST stages, (N, D).
 
-
-@triton.jit
-def summed(parts):
-    """Return the sum of all parts, (N, D)."""
-    total = parts[0]
-    for j in tl.static_range(1, len(parts)):
-        total += parts[j]
+    Unrolled, so that all loads are under way at once.
+    """
+    total = tl.zeros((N, D), tl.float32)
+    for j in tl.static_range(MOST):
+        here = j < count
+        weight = tl.load(table + j, mask=here, other=0.0)
+        total += weight * tl.load(stages + j * N * D + cell, mask=here, other=0.0)
     return total
 
 
@@ -117,87 +126,418 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def matrix(
-    flat,
-    START: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PADDED_ROWS: tl.constexpr,
-    PADDED_COLUMNS: tl.constexpr,
-):
-    """Return a weight as (rows, columns), padded by zeros."""
-    row = tl.arange(0, PADDED_ROWS)[:, None]
-    column = tl.arange(0, PADDED_COLUMNS)[None, :]
-    at = flat + START + row * COLUMNS + column
-    if ROWS == PADDED_ROWS and COLUMNS == PADDED_COLUMNS:
-        return tl.load(at)
-    return tl.load(at, mask=(row < ROWS) & (column < COLUMNS), other=0.0)
-
-
-@triton.jit
-def transposed(
-    flat,
-    START: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PADDED_ROWS: tl.constexpr,
-    PADDED_COLUMNS: tl.constexpr,
-):
-    """Return a weight as (columns, rows), padded by zeros."""
-    row = tl.arange(0, PADDED_ROWS)[None, :]
-    column = tl.arange(0, PADDED_COLUMNS)[:, None]
-    at = flat + START + row * COLUMNS + column
-    if ROWS == PADDED_ROWS and COLUMNS == PADDED_COLUMNS:
-        return tl.load(at)
-    return tl.load(at, mask=(row < ROWS) & (column < COLUMNS), other=0.0)
-
-
-@triton.jit
-def vector(flat, START: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Return a bias or shift, padded by zeros."""
-    at = tl.arange(0, PADDED)
-    if SIZE == PADDED:
-        return tl.load(flat + START + at)
-    return tl.load(flat + START + at, mask=at < SIZE, other=0.0)
-
-
-@triton.jit
 def affine(
     flat,
-    t,
-    x,
+    source,
+    time,
+    first,
     LAYER: tl.constexpr,
+    N: tl.constexpr,
+    OUT: tl.constexpr,
     WIDTHS: tl.constexpr,
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """Return W x + b + t u of one layer, (N, out)."""
+    """Return OUT columns of W x + b + t u from column `first` on, for x at `source`."""
     fan_out: tl.constexpr = WIDTHS[LAYER + 1]
     fan_in: tl.constexpr = WIDTHS[LAYER]
-    wide: tl.constexpr = PADDED[LAYER + 1]
-    bias = vector(flat, OFFSETS[LAYER][1], fan_out, wide)
-    shift = vector(flat, OFFSETS[LAYER][2], fan_out, wide)
-    weight = transposed(flat, OFFSETS[LAYER][0], fan_out, fan_in, wide, PADDED[LAYER])
-    start = bias[None, :] + t[:, None] * shift[None, :]
-    return tl.dot(x, weight, acc=start, input_precision=PRECISION)
+    wide: tl.constexpr = PADDED[LAYER]
+    # Of exact products every thread holds its share of a chunk in registers.
+    chunk: tl.constexpr = 16 if PRECISION == "ieee" else min(32, wide)
+    row = tl.arange(0, N)[:, None]
+    column = first + tl.arange(0, OUT)
+    real = column < fan_out
+    bias = tl.load(flat + OFFSETS[LAYER][1] + column, mask=real, other=0.0)
+    shift = tl.load(flat + OFFSETS[LAYER][2] + column, mask=real, other=0.0)
+    total = bias[None, :] + time[:, None] * shift[None, :]
+    weights = flat + OFFSETS[LAYER][0] + column[None, :] * fan_in
+    for begin in tl.range(0, wide, chunk, num_stages=DEPTH):
+        inner = begin + tl.arange(0, chunk)
+        x = tl.load(source + row * wide + inner[None, :])
+        mask = real[None, :] & (inner[:, None] < fan_in)
+        weight = tl.load(weights + inner[:, None], mask=mask, other=0.0)
+        total = tl.dot(x, weight, acc=total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
-def slope_at(
+def _hidden(
     flat,
-    t,
-    y,
+    slot,
+    slopes,
+    time,
+    LAYER: tl.constexpr,
+    N: tl.constexpr,
     WIDTHS: tl.constexpr,
     PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
     OFFSETS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+    REMEMBER: tl.constexpr,
 ):
-    """Return dy/dt (N, D) at times (N,) and states (N, D)."""
-    x = y
-    for layer in tl.static_range(len(WIDTHS) - 1):
-        x = affine(flat, t, x, layer, WIDTHS, PADDED, OFFSETS, PRECISION)
-        if layer + 2 < len(WIDTHS):
+    """Fill the slot's next layer from this one."""
+    wide: tl.constexpr = PADDED[LAYER + 1]
+    part: tl.constexpr = min(128, wide)
+    row = tl.arange(0, N)[:, None]
+    for first in range(0, wide, part):
+        x = affine(
+            flat,
+            slot + N * PLACES[LAYER],
+            time,
+            first,
+            LAYER,
+            N,
+            part,
+            WIDTHS,
+            PADDED,
+            OFFSETS,
+            PRECISION,
+            DEPTH,
+        )
+        at = N * PLACES[LAYER + 1] + row * wide + first + tl.arange(0, part)[None, :]
+        if REMEMBER:
+            x, slope = activate_with_slope(x, ACTIVATION)
+            tl.store(slopes + at, slope)
+        else:
             x = activate(x, ACTIVATION)
-    return x
+        tl.store(slot + at, x)
+
+
+@triton.jit
+def evaluate(
+    flat,
+    slot,
+    slopes,
+    time,
+    y,
+    N: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+    REMEMBER: tl.constexpr,
+):
+    """Return dy/dt (N, D) at times (N,) and states (N, D); fill the slot.
+
+    If REMEMBER, write the slopes of the activations, too, as `pull` expects them.
+    """
+    row = tl.arange(0, N)[:, None]
+    last: tl.constexpr = len(WIDTHS) - 2
+    tl.store(slot + row * PADDED[0] + tl.arange(0, PADDED[0])[None, :], y)
+    tl.debug_barrier()
+    for layer in tl.static_range(last):
+        _hidden(
+            flat,
+            slot,
+            slopes,
+            time,
+            layer,
+            N,
+            WIDTHS,
+            PADDED,
+            PLACES,
+            OFFSETS,
+            ACTIVATION,
+            PRECISION,
+            DEPTH,
+            REMEMBER,
+        )
+        tl.debug_barrier()
+    return affine(
+        flat,
+        slot + N * PLACES[last],
+        time,
+        0,
+        last,
+        N,
+        PADDED[last + 1],
+        WIDTHS,
+        PADDED,
+        OFFSETS,
+        PRECISION,
+        DEPTH,
+    )
+
+
+@triton.jit
+def pull(
+    flat,
+    deltas,
+    N: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Return v . df/dy (N, D) for the cotangent v that stands first in `deltas`.
+
+    Behind it stand the slopes of the activations, which the cotangents of the layers
+    take the place of.
+    """
+    last: tl.constexpr = len(WIDTHS) - 2
+    tl.debug_barrier()
+    for n in tl.static_range(last):
+        _pull_hidden(
+            flat,
+            deltas,
+            last - n,
+            N,
+            WIDTHS,
+            PADDED,
+            PLACES,
+            OFFSETS,
+            PRECISION,
+            DEPTH,
+        )
+        tl.debug_barrier()
+    return _pulled(
+        flat, deltas, 0, 0, N, PADDED[0], WIDTHS, PADDED, PLACES, OFFSETS, PRECISION, DEPTH
+    )
+
+
+@triton.jit
+def _pull_hidden(
+    flat,
+    deltas,
+    LAYER: tl.constexpr,
+    N: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Turn the slopes at the input of a layer into cotangents."""
+    wide: tl.constexpr = PADDED[LAYER]
+    part: tl.constexpr = min(128, wide)
+    row = tl.arange(0, N)[:, None]
+    for first in range(0, wide, part):
+        delta = _pulled(
+            flat,
+            deltas,
+            first,
+            LAYER,
+            N,
+            part,
+            WIDTHS,
+            PADDED,
+            PLACES,
+            OFFSETS,
+            PRECISION,
+            DEPTH,
+        )
+        at = N * PLACES[LAYER] + row * wide + first + tl.arange(0, part)[None, :]
+        tl.store(deltas + at, delta * tl.load(deltas + at))
+
+
+@triton.jit
+def _pulled(
+    flat,
+    deltas,
+    first,
+    LAYER: tl.constexpr,
+    N: tl.constexpr,
+    IN: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Return IN columns of (cotangent of a layer's output) W, from `first` on."""
+    fan_out: tl.constexpr = WIDTHS[LAYER + 1]
+    fan_in: tl.constexpr = WIDTHS[LAYER]
+    wide: tl.constexpr = PADDED[LAYER + 1]
+    chunk: tl.constexpr = 16 if PRECISION == "ieee" else min(32, wide)
+    row = tl.arange(0, N)[:, None]
+    column = first + tl.arange(0, IN)[None, :]
+    # The cotangent of the field's value stands in the first place.
+    above = deltas + N * PLACES[(LAYER + 1) % (len(WIDTHS) - 1)]
+    total = tl.zeros((N, IN), tl.float32)
+    for begin in tl.range(0, wide, chunk, num_stages=DEPTH):
+        inner = begin + tl.arange(0, chunk)
+        delta = tl.load(above + row * wide + inner[None, :])
+        mask = (inner[:, None] < fan_out) & (column < fan_in)
+        at = flat + OFFSETS[LAYER][0] + inner[:, None] * fan_in + column
+        weight = tl.load(at, mask=mask, other=0.0)
+        total = tl.dot(delta, weight, acc=total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def pull_time(
+    flat,
+    deltas,
+    N: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):
+    """Return v . df/dt (N,), after `pull` of v."""
+    total = tl.zeros((N,), tl.float32)
+    for layer in tl.static_range(len(WIDTHS) - 1):
+        total += _along_shift(
+            flat, deltas, layer, N, WIDTHS, PADDED, PLACES, OFFSETS
+        )
+    return total
+
+
+@triton.jit
+def _along_shift(
+    flat,
+    deltas,
+    LAYER: tl.constexpr,
+    N: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):
+    """Return (cotangent of a layer's output) . u, (N,)."""
+    fan_out: tl.constexpr = WIDTHS[LAYER + 1]
+    wide: tl.constexpr = PADDED[LAYER + 1]
+    part: tl.constexpr = min(64, wide)
+    row = tl.arange(0, N)[:, None]
+    above = deltas + N * PLACES[(LAYER + 1) % (len(WIDTHS) - 1)]
+    total = tl.zeros((N,), tl.float32)
+    for first in range(0, wide, part):
+        column = first + tl.arange(0, part)
+        at = flat + OFFSETS[LAYER][2] + column
+        shift = tl.load(at, mask=column < fan_out, other=0.0)
+        delta = tl.load(above + row * wide + column[None, :])
+        total += tl.sum(delta * shift[None, :], axis=1)
+    return total
+
+
+@triton.jit
+def accumulate(
+    sums,
+    slots,
+    used,
+    t,
+    h,
+    nodes,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Add the parameter gradient of the first `used` slots to the program's sums.
+
+    A slot holds the inputs of all layers, (N, WIDTH), and behind them the cotangents.
+    """
+    tl.debug_barrier()
+    for layer in tl.static_range(len(WIDTHS) - 1):
+        _accumulate_weight(
+            sums,
+            slots,
+            used,
+            layer,
+            N,
+            WIDTH,
+            WIDTHS,
+            PADDED,
+            PLACES,
+            OFFSETS,
+            PRECISION,
+            DEPTH,
+        )
+        _accumulate_bias(
+            sums, slots, used, t, h, nodes, layer, N, WIDTH, WIDTHS, PADDED, PLACES, OFFSETS
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
+def _accumulate_weight(
+    sums,
+    slots,
+    used,
+    LAYER: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Add sum_slots delta^T x, (out, in), block by block."""
+    fan_out: tl.constexpr = WIDTHS[LAYER + 1]
+    fan_in: tl.constexpr = WIDTHS[LAYER]
+    high: tl.constexpr = PADDED[LAYER + 1]
+    wide: tl.constexpr = PADDED[LAYER]
+    up: tl.constexpr = min(64, high)
+    along: tl.constexpr = min(64, wide)
+    inputs = slots + N * PLACES[LAYER]
+    deltas = slots + N * (WIDTH + PLACES[(LAYER + 1) % (len(WIDTHS) - 1)])
+    for top in range(0, high, up):
+        out = top + tl.arange(0, up)
+        for first in range(0, wide, along):
+            column = first + tl.arange(0, along)
+            total = tl.zeros((up, along), tl.float32)
+            for begin in tl.range(0, used * N, 16, num_stages=DEPTH):
+                slot = (begin // N) * (2 * N * WIDTH)
+                row = begin % N + tl.arange(0, 16)
+                delta = tl.load(deltas + slot + row[None, :] * high + out[:, None])
+                x = tl.load(inputs + slot + row[:, None] * wide + column[None, :])
+                total = tl.dot(delta, x, acc=total, input_precision=PRECISION)
+            at = sums + OFFSETS[LAYER][0] + out[:, None] * fan_in + column[None, :]
+            real = (out[:, None] < fan_out) & (column[None, :] < fan_in)
+            tl.store(at, tl.load(at, mask=real, other=0.0) + total, mask=real)
+
+
+@triton.jit
+def _accumulate_bias(
+    sums,
+    slots,
+    used,
+    t,
+    h,
+    nodes,
+    LAYER: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):
+    """Add sum_slots delta, and delta times the time of the stage, (out,)."""
+    fan_out: tl.constexpr = WIDTHS[LAYER + 1]
+    high: tl.constexpr = PADDED[LAYER + 1]
+    up: tl.constexpr = min(64, high)
+    row = tl.arange(0, N)[:, None]
+    deltas = slots + N * (WIDTH + PLACES[(LAYER + 1) % (len(WIDTHS) - 1)])
+    for top in range(0, high, up):
+        out = top + tl.arange(0, up)
+        bias = tl.zeros((up,), tl.float32)
+        shift = tl.zeros((up,), tl.float32)
+        for i in range(used):
+            slot = i * (2 * N * WIDTH)
+            delta = tl.load(deltas + slot + row * high + out[None, :])
+            time = (t + tl.load(nodes + i) * h).to(tl.float32)
+            bias += tl.sum(delta, axis=0)
+            shift += tl.sum(delta * time[:, None], axis=0)
+        real = out < fan_out
+        at = sums + OFFSETS[LAYER][1] + out
+        tl.store(at, tl.load(at, mask=real, other=0.0) + bias, mask=real)
+        at = sums + OFFSETS[LAYER][2] + out
+        tl.store(at, tl.load(at, mask=real, other=0.0) + shift, mask=real)
