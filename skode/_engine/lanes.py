@@ -5,14 +5,15 @@ per launch or a recorded graph that is replayed. B rows, T requested times, D st
 slots of a tape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skode._engine.dense import Requests
+from skode._engine.dense import Events, Requests
 from skode._engine.solution import Statistics, Status
+from skode._engine.tape import Taken, Tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,31 @@ class Chunk:
     def tensors(self) -> tuple[Tensor, ...]:
         """Return all of them, as the constructor takes them."""
         return self.clock, self.y, self.due, self.used
+
+
+def tape_of(chunks: Sequence[Chunk]) -> Tape:
+    """Return the steps of all chunks, as the loop would have recorded them."""
+    tape = []
+    for chunk in chunks:
+        for slot in range(int(chunk.used.max())):  # host sync
+            rows = torch.nonzero(slot < chunk.used)[:, 0]
+            (t, h), y = chunk.clock[:, slot, rows], chunk.y[slot, rows]
+            events = None
+            if chunk.due.shape[1] > 0:
+                events = _events(rows, *chunk.due[:, slot, rows].to(torch.int64))
+            tape.append(Taken(rows, t, h, y, events, None))
+    return tuple(tape)
+
+
+def _events(rows: Tensor, first: Tensor, stop: Tensor) -> Events | None:
+    """Return the requested times from `first` to before `stop` of some rows, (A,)."""
+    due = stop - first
+    total = int(due.sum())  # host sync
+    if total == 0:
+        return None
+    position = torch.repeat_interleave(due, output_size=total)
+    offset = torch.arange(total, device=due.device) - (due.cumsum(0) - due)[position]
+    return Events(position, rows[position], first[position] + offset)
 
 
 def drive(launch: Callable[[int], Tensor], attempts: int, max_steps: int) -> None:

@@ -176,15 +176,8 @@ def replay(
             back = tl.zeros_like(u)
             for n in range(USED):
                 i = USED - 1 - n
-                # Stage S is the end of the step: only requested times see it.
                 weight = tl.load(table + STAGES * SLOTS + i)
-                v = weight * u
-                for j in tl.static_range(1, STAGES):
-                    later = (j > i) & (i < STAGES)
-                    fed = tl.load(table + j * SLOTS + i, mask=later, other=0.0)
-                    v += fed * tl.load(
-                        pulled + j * BLOCK + local, mask=later, other=0.0
-                    )
+                v = weight * u + _from_later(table, pulled, local, i, STAGES)
                 if INSIDE:
                     for p in range(POWERS):
                         weight = tl.load(dense + p * SLOTS + i)
@@ -249,6 +242,20 @@ def replay(
             tl.store(at, tl.load(at, mask=valid) + grad_start, mask=valid)
             at = at + n_times - 1
             tl.store(at, tl.load(at, mask=valid) + grad_end, mask=valid)
+
+
+@triton.jit
+def _from_later(table, pulled, cell, stage, STAGES: tl.constexpr):
+    """Return sum_j a_j,stage l_j over the later stages j, (N, D)."""
+    size: tl.constexpr = cell.shape[0] * cell.shape[1]
+    total = tl.zeros(cell.shape, tl.float32)
+    # Stage S, the end of the step, feeds no stage: its column holds zeros.
+    behind = tl.zeros(cell.shape, tl.int32) + stage
+    for j in tl.static_range(1, STAGES):
+        later = behind < j
+        weight = tl.load(table + j * (STAGES + 1) + stage)
+        total += weight * tl.load(pulled + j * size + cell, mask=later, other=0.0)
+    return total
 
 
 @triton.jit
