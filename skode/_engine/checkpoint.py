@@ -108,18 +108,8 @@ class _Reverse:
 
     def times(self, y0: Tensor, y1: Tensor) -> Tensor:
         """Return dL/d times, (B, T), after `run`."""
-        times = self._requests.times
-        for column, idle, y in zip(
-            (0, -1), self._requests.idle(), (y0, y1), strict=True
-        ):
-            if bool(idle.any()):
-                slope = torch.empty_like(y)
-                self.kernel.begin(times[:, column].to(y.dtype)[None])
-                self.kernel.evaluate(0, y, slope)
-                moved = torch.einsum("btd,bd->bt", self._grad, slope)
-                moved = torch.where(idle, moved, 0.0)
-                self._grad_t += moved
-                self._grad_t[:, column] -= moved.sum(dim=1)
+        requests, grad = self._requests, self._grad
+        idle_times(self.kernel, requests, grad, self._grad_t, y0, y1)
         return self._grad_t
 
     def _step(self, taken: Taken, u: Tensor) -> None:
@@ -204,6 +194,31 @@ class _Reverse:
         rows = slice(None) if taken.rows is None else taken.rows
         grads[rows, 0] += (1 - before) * grad_t - share * grad_h
         grads[rows, -1] += before * grad_t + share * grad_h
+
+
+def idle_times(
+    kernel: Kernel,
+    requests: Requests,
+    grad: Tensor,
+    grad_times: Tensor,
+    y0: Tensor,
+    y1: Tensor,
+) -> None:
+    """Give times that repeat the first or the last one their own gradient.
+
+    `grad` (B, T, D) is that of the requested states; y0 and y1 (B, D) are those at the
+    ends; `grad_times` (B, T) is added to.
+    """
+    times = requests.times
+    for column, idle, y in zip((0, -1), requests.idle(), (y0, y1), strict=True):
+        if bool(idle.any()):
+            slope = torch.empty_like(y)
+            kernel.begin(times[:, column].to(y.dtype)[None])
+            kernel.evaluate(0, y, slope)
+            moved = torch.einsum("btd,bd->bt", grad, slope)
+            moved = torch.where(idle, moved, 0.0)
+            grad_times += moved
+            grad_times[:, column] -= moved.sum(dim=1)
 
 
 def _or_one(length: Tensor) -> Tensor:

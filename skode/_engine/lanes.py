@@ -25,7 +25,8 @@ class Lanes:
     clock: Tensor
     """(5, B) t, t1, left, proposed step and the controller's memory."""
     counts: Tensor
-    """(5, B) of int32: attempts, rejected, status, next time inside and where to stop."""
+    """(5, B) of int32: attempts, rejected, status, and of the requested times inside
+    which comes next and at which to stop."""
     y: Tensor
     """(B, D)."""
     slope: Tensor
@@ -114,7 +115,7 @@ def _events(rows: Tensor, first: Tensor, stop: Tensor) -> Events | None:
     return Events(position, rows[position], first[position] + offset)
 
 
-def drive(launch: Callable[[int], Tensor], attempts: int, max_steps: int) -> None:
+def drive(launch: Callable[[int], Tensor], attempts: int, max_steps: int) -> int:
     """Launch until no row is left, or `max_steps` attempts were made.
 
     Parameters
@@ -125,23 +126,27 @@ def drive(launch: Callable[[int], Tensor], attempts: int, max_steps: int) -> Non
     attempts : int
         Of one launch.
 
+    Returns
+    -------
+    launches : int
+        How many had something to do.
+
     Notes
     -----
     On a GPU the answer is read while the launch behind it is under way, which finds
     nothing to do if there was nothing left.
     """
-    answer: Callable[[], bool] | None = None
+    answers: list[Callable[[], bool]] = []
     made = 0
     while made < max_steps:
         now = min(attempts, max_steps - made)
         alive = launch(now)
         made += now
-        later = _read_later(alive)
-        if answer is not None and not answer():
-            return
-        answer = later
-        if alive.device.type == "cpu" and not answer():
-            return
+        answers.append(_read_later(alive))
+        ahead = 1 if alive.device.type == "cuda" else 0
+        if len(answers) > ahead and not answers[-1 - ahead]():
+            return len(answers) - ahead
+    return len(answers)
 
 
 def _read_later(alive: Tensor) -> Callable[[], bool]:

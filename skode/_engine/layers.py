@@ -62,7 +62,7 @@ class Layers:
         )
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """Return the views of a vector like `flat` that are shaped as the parameters."""
+        """Return the parts of a vector like `flat`, shaped as the parameters."""
         parts = flat.split([param.numel() for param in self.params])
         return tuple(
             part.view(param.shape)

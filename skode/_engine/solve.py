@@ -10,6 +10,7 @@ from skode._engine.adjoint import Adjoint
 from skode._engine.backprop import backprop
 from skode._engine.borrowed import BORROWED, Borrowed, Loan
 from skode._engine.checkpoint import Checkpoint
+from skode._engine.fused import fused, solve_fused
 from skode._engine.kernel import Field
 from skode._engine.plan import Plan
 from skode._engine.solution import Solution, Statistics, Tolerance
@@ -102,7 +103,13 @@ def solve(
     else:
         plan = Plan(field, parsed, tolerance, params)
         forward, adjoint = plan.forward, gradient == "adjoint"
-    if not wanted:
+    exact = gradient in ("auto", "checkpoint") or not wanted
+    program = None
+    if exact and not isinstance(parsed, Borrowed):
+        program = fused(plan, y0, times)
+    if program is not None:
+        ys, stats = solve_fused(program, plan, y0, times, wanted)
+    elif not wanted:
         with torch.no_grad():
             ys, stats = forward(y0.detach(), times.detach())
     elif adjoint:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skode._engine.layers import Layers
+
 ACTIVATIONS = ("tanh", "softplus", "silu", "relu")
 
 
@@ -65,10 +67,21 @@ class MLPField(nn.Module):
 
     def kernel(self, params: Sequence[Tensor]) -> "MLPKernel | None":
         """Return this field's kernel if `params` are its own parameters."""
-        own = tuple(self.parameters())
-        if params and [id(p) for p in params] != [id(p) for p in own]:
+        if not self._owns(params):
             return None
+        own = tuple(self.parameters())
         return MLPKernel(own, self.activation, trained=bool(params))
+
+    def layers(self, params: Sequence[Tensor]) -> Layers | None:
+        """Return this field as data if `params` are its own parameters."""
+        if not self._owns(params):
+            return None
+        parts = tuple(self.weights), tuple(self.biases), tuple(self.shifts)
+        return Layers(*parts, self.activation)
+
+    def _owns(self, params: Sequence[Tensor]) -> bool:
+        """Return whether `params` are all of its own parameters, or none at all."""
+        return not params or [*map(id, params)] == [*map(id, self.parameters())]
 
 
 class MLPKernel:

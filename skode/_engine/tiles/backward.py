@@ -1,8 +1,8 @@
 """The gradient of recorded steps, tile by tile.
 
 Formulas stand at the head of `checkpoint`, whose replay of the same steps is the plain
-twin. N rows of a tile, B of the batch, D state, T requested times, S stages, P powers of
-theta, C slots of a tape. Every row replays its own last step first; rows that have no
+twin. N rows of a tile, B of the batch, D state, T requested times, S stages, P powers
+of theta, C slots of a tape. Every row replays its own last step first; rows that have no
 step left get cotangents of 0.
 
 A program goes through every so-manieth tile with memory of its own, `scratch`: S + 1
@@ -158,9 +158,12 @@ def replay(
                         for _ in range(p):
                             weight = weight * theta
                         moment += weight[:, None] * wanted
-                        if TIMED:
+                        # One is known when the kernel is built, the other is not.
+                        if TIMED:  # noqa: SIM102
                             if p == 0:
-                                slope = _rate(dense, stages, local, theta, SLOTS, POWERS)
+                                slope = _rate(
+                                    dense, stages, local, theta, SLOTS, POWERS
+                                )
                                 rate = tl.sum(wanted * slope, axis=1).to(t.dtype)
                                 rate = tl.where(passing, rate, 0.0)
                                 known = tl.load(grad_times + where, mask=passing)
@@ -259,9 +262,7 @@ def _from_later(table, pulled, cell, stage, STAGES: tl.constexpr):
 
 
 @triton.jit
-def _rate(
-    dense, stages, cell, theta, SLOTS: tl.constexpr, POWERS: tl.constexpr
-):
+def _rate(dense, stages, cell, theta, SLOTS: tl.constexpr, POWERS: tl.constexpr):
     """Return dy/dt of the dense output, (N, D), at shares theta (N,) of the step."""
     size: tl.constexpr = cell.shape[0] * cell.shape[1]
     total = tl.zeros(cell.shape, tl.float32)

@@ -300,7 +300,18 @@ def pull(
         )
         tl.debug_barrier()
     return _pulled(
-        flat, deltas, 0, 0, N, PADDED[0], WIDTHS, PADDED, PLACES, OFFSETS, PRECISION, DEPTH
+        flat,
+        deltas,
+        0,
+        0,
+        N,
+        PADDED[0],
+        WIDTHS,
+        PADDED,
+        PLACES,
+        OFFSETS,
+        PRECISION,
+        DEPTH,
     )
 
 
@@ -388,9 +399,7 @@ def pull_time(
     """Return v . df/dt (N,), after `pull` of v."""
     total = tl.zeros((N,), tl.float32)
     for layer in tl.static_range(len(WIDTHS) - 1):
-        total += _along_shift(
-            flat, deltas, layer, N, WIDTHS, PADDED, PLACES, OFFSETS
-        )
+        total += _along_shift(flat, deltas, layer, N, WIDTHS, PADDED, PLACES, OFFSETS)
     return total
 
 
@@ -459,7 +468,19 @@ def accumulate(
             DEPTH,
         )
         _accumulate_bias(
-            sums, slots, used, t, h, nodes, layer, N, WIDTH, WIDTHS, PADDED, PLACES, OFFSETS
+            sums,
+            slots,
+            used,
+            t,
+            h,
+            nodes,
+            layer,
+            N,
+            WIDTH,
+            WIDTHS,
+            PADDED,
+            PLACES,
+            OFFSETS,
         )
     tl.debug_barrier()
 

@@ -98,7 +98,7 @@ def start(
         wavelength = tl.where(wavelength > near, near, wavelength)
         first = tl.exp2(tl.log2(speed * wavelength) * (-1.0 / ORDER)) * wavelength
         first = first * factor
-        # NaN fails the comparison: a probe that leaves the domain asks for a small step.
+        # A probe that leaves the domain (NaN) asks for a small step.
         floor = near * 1e-6
         first = tl.where(first > floor, first, floor)
 
@@ -327,9 +327,7 @@ def advance(
 
 
 @triton.jit
-def between(
-    table, stages, cell, theta, SLOTS: tl.constexpr, POWERS: tl.constexpr
-):
+def between(table, stages, cell, theta, SLOTS: tl.constexpr, POWERS: tl.constexpr):
     """Return sum_i b_i(theta) k_i, (N, D), for shares theta (N,) of the step."""
     size: tl.constexpr = cell.shape[0] * cell.shape[1]
     total = tl.zeros(cell.shape, tl.float32)

@@ -3,6 +3,7 @@
 B rows, D state, P parameters.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -55,8 +56,9 @@ class Launcher:
         """Return the kernels for so many rows."""
         flat = layers.flat()
         # As many tiles as multiprocessors, where there are rows for it.
+        tallest = _TALLEST if _padded(layers.widths[0]) <= 64 else _TALLEST // 2
         tile = _NARROWEST
-        while tile < _TALLEST and tile * _processors(flat.device) < rows:
+        while tile < tallest and tile * _processors(flat.device) < rows:
             tile *= 2
         return cls(layers, tableau, tolerance, flat, tile)
 
@@ -174,13 +176,11 @@ class Launcher:
 
     def _controller(self, y: Tensor) -> PIController:
         tableau = self.tableau
-        return PIController.of(
-            self.tolerance, y, tableau.order, tableau.error_constant
-        )
+        return PIController.of(self.tolerance, y, tableau.order, tableau.error_constant)
 
     def _atol(self, y: Tensor) -> float:
         """Return atol as `ErrorNorm` scales it."""
-        scaled = self.tolerance.atol * float(y.shape[1]) ** 0.5
+        scaled = self.tolerance.atol * math.sqrt(y.shape[1])
         return max(scaled, torch.finfo(y.dtype).tiny)
 
     def _programs(self, rows: int) -> int:
