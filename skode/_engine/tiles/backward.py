@@ -2,8 +2,8 @@
 
 Formulas stand at the head of `checkpoint`, whose replay of the same steps is the plain
 twin. N rows of a tile, B of the batch, D state, T requested times, S stages, P powers
-of theta, C slots of a tape. Every row replays its own last step first; rows that have no
-step left get cotangents of 0.
+of theta, C slots of a tape. Slots are replayed from the last one down; rows that did
+not fill a slot get cotangents of 0 there.
 
 A program goes through every so-manieth tile with memory of its own, `scratch`: S + 1
 slots of the inputs and the cotangents of all layers, 2 WIDTH columns (N,), then the
