@@ -1,8 +1,9 @@
 """Solves that leave PyTorch: which ones, and their place in autograd.
 
-Where the field is a perceptron that gives its layers as data, a program may hold the
-whole solve. There is one for CUDA devices (`tiles`); all other solves, and those of
-wide states, float64, or without Triton, step in PyTorch. B rows, T times, D state.
+On a CUDA device a perceptron that gives its layers as data is solved by kernels that
+hold the whole step (`tiles`); other fields, wide states, float64, or a machine without
+Triton by attempts that are recorded and replayed (`graphs`). All other solves, fixed
+steps and those on a CPU among them, run the loop. B rows, T times, D state.
 """
 
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from skode._engine.checkpoint import idle_times, require_first_order
 from skode._engine.dense import Requests
+from skode._engine.graphs import GraphProgram
 from skode._engine.lanes import Chunk
 from skode._engine.layers import HasLayers
 from skode._engine.plan import Plan
@@ -38,7 +40,7 @@ class Program(Protocol):
 
     def pull(
         self, times: Tensor, chunks: Sequence[Chunk], grad: Tensor, timed: bool
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """Return dL/dy0 (B, D), dL/dtimes (B, T) and those of the parameters.
 
         `grad` (B, T, D) is that of the requested states. Times that repeat the first
@@ -48,15 +50,24 @@ class Program(Protocol):
 
 def fused(plan: Plan, y0: Tensor, times: Tensor) -> Program | None:
     """Return a program for a solve from y0 (B, D) over times (B, T), or None."""
-    alike = y0.dtype == torch.float32 and times.dtype in (torch.float32, torch.float64)
-    if not (alike and plan.tableau.adaptive and isinstance(plan.field, HasLayers)):
+    if not plan.tableau.adaptive:
+        return None
+    if has_kernels(y0.device):
+        program = _on_chip(plan, y0, times)
+        if program is not None:
+            return program
+    return GraphProgram.of(plan, y0, times) if y0.device.type == "cuda" else None
+
+
+def _on_chip(plan: Plan, y0: Tensor, times: Tensor) -> Program | None:
+    """Return the kernels for a solve that suits them."""
+    known = y0.dtype == torch.float32 and times.dtype in (torch.float32, torch.float64)
+    if not (known and isinstance(plan.field, HasLayers)):
         return None
     layers = plan.field.layers(plan.params)
     if layers is None or layers.widths[0] != y0.shape[1]:
         return None
     if any(p.dtype != y0.dtype or p.device != y0.device for p in layers.params):
-        return None
-    if not has_kernels(y0.device):
         return None
     # Triton comes with PyTorch's CUDA builds alone, and takes its time to import.
     from skode._engine.tiles.program import TileProgram

@@ -62,7 +62,7 @@ class Lanes:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Up to C accepted steps of every row; the next chunk goes on from there."""
+    """Up to C - 1 accepted steps of every row; the next chunk goes on from there."""
 
     clock: Tensor
     """(2, C, B) t and signed h."""
@@ -75,14 +75,26 @@ class Chunk:
 
     @classmethod
     def like(cls, lanes: Lanes, slots: int) -> "Chunk":
-        """Return an empty chunk for rows that step in `lanes`."""
+        """Return an empty chunk for so many steps of the rows in `lanes`.
+
+        There is one slot more, for rows that do not move to be written to.
+        """
         batch, dim = lanes.y.shape
-        due = slots if lanes.inside is not None else 0
+        due = slots + 1 if lanes.inside is not None else 0
         return cls(
-            lanes.clock.new_empty(2, slots, batch),
-            lanes.y.new_empty(slots, batch, dim),
+            lanes.clock.new_empty(2, slots + 1, batch),
+            lanes.y.new_empty(slots + 1, batch, dim),
             lanes.counts.new_empty(2, due, batch),
             lanes.counts.new_zeros(batch),
+        )
+
+    def copy(self, slots: int) -> "Chunk":
+        """Return a copy of the first slots."""
+        return Chunk(
+            self.clock[:, :slots].clone(),
+            self.y[:slots].clone(),
+            self.due[:, :slots].clone(),
+            self.used.clone(),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -115,7 +127,9 @@ def _events(rows: Tensor, first: Tensor, stop: Tensor) -> Events | None:
     return Events(position, rows[position], first[position] + offset)
 
 
-def drive(launch: Callable[[int], Tensor], attempts: int, max_steps: int) -> int:
+def drive(
+    launch: Callable[[int], Tensor], attempts: int, max_steps: int, ahead: int = 1
+) -> int:
     """Launch until no row is left, or `max_steps` attempts were made.
 
     Parameters
@@ -125,16 +139,14 @@ def drive(launch: Callable[[int], Tensor], attempts: int, max_steps: int) -> int
         something other than 0 if a row has yet a way to go.
     attempts : int
         Of one launch.
+    ahead : int, default=1
+        How many launches are under way on a GPU behind the one whose answer is read.
+        They find nothing to do if there was nothing left.
 
     Returns
     -------
     launches : int
         How many had something to do.
-
-    Notes
-    -----
-    On a GPU the answer is read while the launch behind it is under way, which finds
-    nothing to do if there was nothing left.
     """
     answers: list[Callable[[], bool]] = []
     made = 0
@@ -143,7 +155,8 @@ def drive(launch: Callable[[int], Tensor], attempts: int, max_steps: int) -> int
         alive = launch(now)
         made += now
         answers.append(_read_later(alive))
-        ahead = 1 if alive.device.type == "cuda" else 0
+        if alive.device.type != "cuda":
+            ahead = 0
         if len(answers) > ahead and not answers[-1 - ahead]():
             return len(answers) - ahead
     return len(answers)

@@ -118,14 +118,14 @@ def _record(
     chunk: Chunk, lanes: Lanes, keep: Tensor, t: Tensor, h: Tensor, due: Tensor
 ) -> None:
     """Write the step of some rows to each row's next slot."""
-    slots = chunk.y.shape[0]
-    place = torch.arange(slots, device=t.device)[:, None] == chunk.used
-    place = place & keep  # (C, B)
-    chunk.clock.copy_(torch.where(place, torch.stack((t, h))[:, None], chunk.clock))
-    chunk.y.copy_(torch.where(place[:, :, None], lanes.y, chunk.y))
+    slots, batch = chunk.y.shape[:2]
+    row = torch.arange(batch, device=t.device)
+    place = torch.where(keep, chunk.used, slots - 1) * batch + row
+    chunk.y.flatten(0, 1).index_copy_(0, place, lanes.y)
+    chunk.clock.flatten(1).index_copy_(1, place, torch.stack((t, h)))
     if lanes.inside is not None:
-        both = torch.stack((due, lanes.counts[3]))[:, None]
-        chunk.due.copy_(torch.where(place, both, chunk.due))
+        both = torch.stack((due, lanes.counts[3]))
+        chunk.due.flatten(1).index_copy_(1, place, both)
     chunk.used.add_(keep)
 
 
