@@ -169,7 +169,7 @@ def _read_later(alive: Tensor) -> Callable[[], bool]:
     onto = torch.empty((), dtype=torch.bool, pin_memory=True)
     onto.copy_(alive.any(), non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(alive.device))
 
     def answer() -> bool:
         arrived.synchronize()  # host sync, with the next launch under way

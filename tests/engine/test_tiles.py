@@ -27,7 +27,7 @@ tl = pytest.importorskip("triton.language")
 
 from skode._engine.tiles import field as device_functions  # noqa: E402
 from skode._engine.tiles import program as program_module  # noqa: E402
-from skode._engine.tiles.launch import Launcher  # noqa: E402
+from skode._engine.tiles.launch import Launcher, _precision  # noqa: E402
 from skode._engine.tiles.program import TileProgram  # noqa: E402
 
 # The interpreter computes in numpy, which tells of every division by zero.
@@ -513,6 +513,17 @@ def test_a_gpu_solves_as_a_cpu_does(method):
     torch.testing.assert_close(ours[0].cpu(), theirs[0], rtol=1e-3, atol=1e-3)
     for x, y in zip(ours[2], theirs[2], strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=1e-2, atol=1e-2)
+
+
+def test_products_follow_the_switch_of_pytorch():
+    switch = torch.backends.cuda.matmul
+    before = switch.allow_tf32
+    try:
+        for allowed, wanted in ((True, "tf32"), (False, "ieee")):
+            switch.allow_tf32 = allowed
+            assert _precision() == wanted
+    finally:
+        switch.allow_tf32 = before
 
 
 @pytest.mark.gpu

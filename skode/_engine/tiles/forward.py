@@ -70,6 +70,7 @@ def start(
             DEPTH,
             False,
         )
+        tl.debug_barrier()
         near = tl.maximum(tl.abs(span).to(y.dtype), 1.1754943508222875e-38)
         scale = atol + rtol * tl.abs(y)
         speed = length(k / scale)
@@ -93,6 +94,7 @@ def start(
             DEPTH,
             False,
         )
+        tl.debug_barrier()
         change = length((there - k) / scale) / probe
         wavelength = speed / change
         wavelength = tl.where(wavelength > near, near, wavelength)
@@ -306,7 +308,7 @@ def advance(
             y = tl.where(moved[:, None], y1, y)
             end = tl.load(stages + STAGES * (TILE * D) + local)
             k0 = tl.where(moved[:, None], end, k0)
-            # All have read the stages before the next step writes over them.
+            # The next step writes over the stages.
             tl.debug_barrier()
             todo = (todo - 1) * any_of(left > 0)
 

@@ -3,7 +3,6 @@
 B rows, D state, P parameters.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -43,7 +42,8 @@ class Launcher:
 
     layers: Layers
     tableau: Tableau
-    tolerance: Tolerance
+    controller: PIController
+    """Its tensor is on the host: kernels take numbers."""
     flat: Tensor
     """(P,)"""
     tile: int
@@ -60,66 +60,75 @@ class Launcher:
         tile = _NARROWEST
         while tile < tallest and tile * _processors(flat.device) < rows:
             tile *= 2
-        return cls(layers, tableau, tolerance, flat, tile)
+        host = torch.empty(1, layers.widths[0], dtype=flat.dtype)
+        constant = coefficients(
+            tableau, flat.dtype, flat.dtype, host.device
+        ).error_constant
+        controller = PIController.of(tolerance, host, tableau.order, constant)
+        return cls(layers, tableau, controller, flat, tile)
 
     def start(self, lanes: Lanes) -> None:
         """Write the slope at the start, and the clock."""
-        controller = self._controller(lanes.y)
+        controller = self.controller
         batch, times = lanes.times.shape
         programs, width = self._programs(batch), sum(self._padded()[:-1])
-        forward.start[(programs,)](
-            self.flat,
-            lanes.times,
-            lanes.y,
-            lanes.clock,
-            lanes.slope,
-            self.flat.new_empty(programs * self.tile * width),
-            batch,
-            times,
-            controller.norm.rtol,
-            self._atol(lanes.y),
-            (0.1 / controller.error_constant) ** (1.0 / controller.order),
-            ORDER=self.tableau.order,
-            WIDTH=width,
-            **self._constants(),
-        )
+        with torch.cuda.device_of(self.flat):
+            forward.start[(programs,)](
+                self.flat,
+                lanes.times,
+                lanes.y,
+                lanes.clock,
+                lanes.slope,
+                self.flat.new_empty(programs * self.tile * width),
+                batch,
+                times,
+                controller.norm.rtol,
+                float(controller.norm.atol),
+                (0.1 / controller.error_constant) ** (1.0 / controller.order),
+                ORDER=self.tableau.order,
+                WIDTH=width,
+                **self._constants(),
+            )
 
     def advance(self, lanes: Lanes, chunk: Chunk | None, attempts: int) -> Tensor:
         """Make some attempts; return whether a row has yet a way to go, as a tensor."""
         batch, times = lanes.times.shape
-        controller, padded = self._controller(lanes.y), self._padded()
+        controller, padded = self.controller, self._padded()
         programs, width = self._programs(batch), sum(padded[:-1])
         columns = (self.tableau.stages + 1) * padded[0] + width
         alive = lanes.counts.new_empty(-(-batch // self.tile))
         nothing = lanes.clock
-        forward.advance[(programs,)](
-            self.flat,
-            *_weights(self.tableau, self.flat.dtype, lanes.clock.dtype, alive.device),
-            lanes.times,
-            lanes.clock,
-            lanes.counts,
-            lanes.y,
-            lanes.slope,
-            lanes.y if lanes.inside is None else lanes.inside,
-            *((nothing,) * 4 if chunk is None else chunk.tensors()),
-            alive,
-            self.flat.new_empty(programs * self.tile * columns),
-            batch,
-            times,
-            attempts,
-            0 if chunk is None else len(chunk.y),
-            controller.norm.rtol,
-            self._atol(lanes.y),
-            controller.noise,
-            STAGES=self.tableau.stages,
-            POWERS=len(self.tableau.dense[0]),
-            ORDER=self.tableau.order,
-            EPS=torch.finfo(lanes.clock.dtype).eps,
-            TAPED=chunk is not None,
-            INSIDE=lanes.inside is not None,
-            WIDTH=width,
-            **self._constants(),
-        )
+        with torch.cuda.device_of(self.flat):
+            forward.advance[(programs,)](
+                self.flat,
+                *_weights(
+                    self.tableau, self.flat.dtype, lanes.clock.dtype, alive.device
+                ),
+                lanes.times,
+                lanes.clock,
+                lanes.counts,
+                lanes.y,
+                lanes.slope,
+                lanes.y if lanes.inside is None else lanes.inside,
+                *((nothing,) * 4 if chunk is None else chunk.tensors()),
+                alive,
+                self.flat.new_empty(programs * self.tile * columns),
+                batch,
+                times,
+                attempts,
+                0 if chunk is None else len(chunk.y),
+                controller.norm.rtol,
+                float(controller.norm.atol),
+                controller.noise,
+                STAGES=self.tableau.stages,
+                POWERS=len(self.tableau.dense[0]),
+                ORDER=self.tableau.order,
+                EPS=torch.finfo(lanes.clock.dtype).eps,
+                TAPED=chunk is not None,
+                INSIDE=lanes.inside is not None,
+                WIDTH=width,
+                **self._constants(),
+            )
         return alive
 
     def sums(self, rows: int) -> Tensor:
@@ -152,36 +161,28 @@ class Launcher:
         programs, width = len(sums), sum(padded[:-1])
         powers = len(self.tableau.dense[0])
         columns = 2 * (stages + 1) * (width + padded[0]) + (powers + 1) * padded[0]
-        backward.replay[(programs,)](
-            self.flat,
-            *_weights(self.tableau, self.flat.dtype, times.dtype, times.device),
-            times,
-            *chunk.tensors(),
-            cotangent,
-            grad,
-            times if grad_times is None else grad_times,
-            sums,
-            self.flat.new_empty(programs * self.tile * columns),
-            batch,
-            count,
-            len(chunk.y),
-            self.flat.numel(),
-            STAGES=stages,
-            POWERS=powers,
-            INSIDE=chunk.due.shape[1] > 0,
-            TIMED=grad_times is not None,
-            WIDTH=width,
-            **self._constants(),
-        )
-
-    def _controller(self, y: Tensor) -> PIController:
-        tableau = self.tableau
-        return PIController.of(self.tolerance, y, tableau.order, tableau.error_constant)
-
-    def _atol(self, y: Tensor) -> float:
-        """Return atol as `ErrorNorm` scales it."""
-        scaled = self.tolerance.atol * math.sqrt(y.shape[1])
-        return max(scaled, torch.finfo(y.dtype).tiny)
+        with torch.cuda.device_of(self.flat):
+            backward.replay[(programs,)](
+                self.flat,
+                *_weights(self.tableau, self.flat.dtype, times.dtype, times.device),
+                times,
+                *chunk.tensors(),
+                cotangent,
+                grad,
+                times if grad_times is None else grad_times,
+                sums,
+                self.flat.new_empty(programs * self.tile * columns),
+                batch,
+                count,
+                len(chunk.y),
+                self.flat.numel(),
+                STAGES=stages,
+                POWERS=powers,
+                INSIDE=chunk.due.shape[1] > 0,
+                TIMED=grad_times is not None,
+                WIDTH=width,
+                **self._constants(),
+            )
 
     def _programs(self, rows: int) -> int:
         """Return how many programs share the tiles, each with memory of its own."""
@@ -215,7 +216,12 @@ def _padded(width: int) -> int:
 
 def _precision() -> str:
     """Return how to multiply float32: exactly, unless PyTorch was told otherwise."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    switch = torch.backends.cuda.matmul
+    # PyTorch 2.9 gave the switch a second name, and refuses the first one to those who
+    # have used the second.
+    chosen = getattr(switch, "fp32_precision", None)
+    allowed = switch.allow_tf32 if chosen is None else chosen == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def _processors(device: torch.device) -> int:
