@@ -306,6 +306,20 @@ def test_rows_that_fail_fail_alike(key, steps, request):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
+def test_a_row_that_starts_at_infinity_has_no_part_in_the_gradient(kernels_everywhere):
+    """Its slopes are finite, so its steps are accepted; 0 times its state is NaN."""
+    field = network(2, (8,))
+    params = list(field.parameters())
+    start = torch.tensor([[0.5, 0.3], [torch.inf, 1.0]], device=DEVICE)
+    times = torch.tensor([0.0, 0.1, 0.2], device=DEVICE)
+    grads = []
+    for y0 in (start, start[:1]):
+        solution = solve(field, y0, times, params=params)
+        grads.append(torch.autograd.grad(solution.ys[0].sum(), params))
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_a_step_below_the_resolution_of_time_ends_the_row(kernels_everywhere):
     """Far from 0, float32 has no times close enough for so fast a field."""
     field, y0 = growth(-3e4), torch.ones(3, 2, device=DEVICE)
