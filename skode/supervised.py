@@ -250,11 +250,12 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         stable; "backprop" is plain autograd. "auto" is "checkpoint" where the solver
         allows it.
     compile : bool or "auto", default="auto"
-        Whether to solve in compiled code, several times faster on a CPU: for the field
-        made here (`field` None) and the solvers listed first. The machine's C++
+        Whether to solve in compiled code, several times faster: for the field made
+        here (`field` None) and the solvers listed first. On a CPU the machine's C++
         compiler translates it when it is first needed, in seconds, and it is kept in
-        the user's cache directory. "auto": where it can be; True: or say why not;
-        False: never. Results agree to rounding. May be changed after `fit`.
+        the user's cache directory; a GPU runs Triton kernels and CUDA graphs. "auto":
+        where it can be; True: or say why not; False: never. Results agree to rounding.
+        May be changed after `fit`.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
     alpha : float, default=0.5
@@ -699,11 +700,12 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         stable; "backprop" is plain autograd. "auto" is "checkpoint" where the solver
         allows it.
     compile : bool or "auto", default="auto"
-        Whether to solve in compiled code, several times faster on a CPU: for the field
-        made here (`field` None) and the solvers listed first. The machine's C++
+        Whether to solve in compiled code, several times faster: for the field made
+        here (`field` None) and the solvers listed first. On a CPU the machine's C++
         compiler translates it when it is first needed, in seconds, and it is kept in
-        the user's cache directory. "auto": where it can be; True: or say why not;
-        False: never. Results agree to rounding. May be changed after `fit`.
+        the user's cache directory; a GPU runs Triton kernels and CUDA graphs. "auto":
+        where it can be; True: or say why not; False: never. Results agree to rounding.
+        May be changed after `fit`.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
     alpha : float, default=0.02

@@ -1,4 +1,4 @@
-"""One thread, no windows."""
+"""One thread, no windows, and kernels wherever they run."""
 
 import os
 
@@ -6,6 +6,9 @@ import pytest
 import torch
 
 os.environ["MPLBACKEND"] = "Agg"
+# Without a GPU, Triton's kernels run in its interpreter; it asks when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 
 

@@ -68,7 +68,7 @@ FLOORS = {
 }
 
 # The modules of a room that other rooms may import; all, where it has no line.
-DOORS = {"_engine": {"solve", "solution", "kernel", "observer"}}
+DOORS = {"_engine": {"solve", "solution", "kernel", "layers", "observer"}}
 
 _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}
 STRANGERS = {
@@ -78,6 +78,13 @@ STRANGERS = {
     "odeint": _ARRAYS,
     "_training": _ARRAYS,
     "exceptions": {*_ARRAYS, "torch"},
+}
+
+# What may be missing, and who has it at hand if it is there itself.
+OPTIONAL = {
+    "matplotlib": "matplotlib",
+    "triton": "skode._engine.tiles",
+    "skode._engine.tiles": "skode._engine.tiles",
 }
 
 NAMES_THAT_SAY_NOTHING = {"utils", "misc", "helpers", "common", "base"}
@@ -237,7 +244,8 @@ def strangers_stay_out(house: House) -> list[str]:
 
 def only_declared_packages(house: House) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = project["dependencies"] + project["optional-dependencies"]["plot"]
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + extras["plot"] + extras["gpu"]
     names = {re.match(r"[\w.-]+", requirement)[0] for requirement in declared}
     known = {name.replace("scikit-learn", "sklearn") for name in names}
     known |= {*sys.stdlib_module_names, PACKAGE}
@@ -265,12 +273,19 @@ def imports_are_absolute_and_named(house: House) -> list[str]:
     ]
 
 
-def only_matplotlib_comes_late(house: House) -> list[str]:
-    """It is optional, so it must come late; nothing else has a reason to."""
+def only_what_is_optional_comes_late(house: House) -> list[str]:
+    """It must come late, since it may be missing; nothing else has a reason to.
+
+    `tiles` needs triton, so that only its own modules import it at their top.
+    """
     return [
         f"{found}, {'late' if found.late else 'at the top of the module'}"
         for found in house.imports
-        if found.late != within(found.module, "matplotlib")
+        if found.late
+        != any(
+            within(found.target, optional) and not within(found.importer, room)
+            for optional, room in OPTIONAL.items()
+        )
     ]
 
 
@@ -303,7 +318,7 @@ RULES = [
     only_declared_packages,
     private_sklearn_enters_through_the_border,
     imports_are_absolute_and_named,
-    only_matplotlib_comes_late,
+    only_what_is_optional_comes_late,
     inner_packages_have_empty_faces,
     names_say_something,
 ]
@@ -400,9 +415,9 @@ def test_a_sound_house_keeps_the_rule(rule):
         ),
         (imports_are_absolute_and_named, "skode._nn.fields", "from . import flow"),
         (imports_are_absolute_and_named, "skode._nn.fields", "from math import *"),
-        (only_matplotlib_comes_late, "skode.display", "import matplotlib"),
+        (only_what_is_optional_comes_late, "skode.display", "import matplotlib"),
         (
-            only_matplotlib_comes_late,
+            only_what_is_optional_comes_late,
             "skode._border",
             "class A:\n    def f(self):\n        if 1:\n            import math",
         ),

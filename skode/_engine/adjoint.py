@@ -43,8 +43,8 @@ class Adjoint(torch.autograd.Function):
     def forward(
         ctx: Any,
         forward: Forward,
-        plan: Plan,
         remedy: str | None,
+        plan: Plan,
         y0: Tensor,
         times: Tensor,
         *params: Tensor,

@@ -67,6 +67,19 @@ class Checkpoint(torch.autograd.Function):
         return None, grad_y0, grad_times, *reverse.kernel.gradients()
 
 
+def replayed(
+    plan: Plan, tape: Tape, requests: Requests, grad: Tensor, timed: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Return dL/dy0 (B, D), dL/dtimes (B, T) and those of the parameters.
+
+    `grad` (B, T, D) is that of the requested states. Times that repeat the first or the
+    last one are left to `idle_times`.
+    """
+    reverse = _Reverse(plan, tape, requests, grad, timed)
+    grad_y0 = reverse.run(grad[:, 0])
+    return grad_y0, reverse.grad_times, reverse.kernel.gradients()
+
+
 def require_first_order(name: str) -> None:
     """Refuse to be differentiated again: the second derivative would be incomplete.
 
@@ -104,13 +117,13 @@ class _Reverse:
         self._grad, self._timed = grad, timed
         self.kernel: Kernel = plan.kernel()
 
-    def run(self, y0: Tensor) -> Tensor:
-        """Return dL/dy0; leave dL/dtheta in the kernel, dL/dt in the fields."""
+    def run(self, like: Tensor) -> Tensor:
+        """Return dL/dy0; leave dL/dtheta in the kernel, dL/dt in `grad_times`."""
         requests, grad = self._requests, self._grad
         u = requests.sum_at_end(grad)
-        self._grad_t = torch.zeros_like(requests.times)
+        self.grad_times = torch.zeros_like(requests.times)
         if self._tape:
-            self._coef = self._plan.coefficients(y0, requests.times)
+            self._coef = self._plan.coefficients(like, requests.times)
             self._work = Workspace(self._coef, u)
             self._pulls = Workspace(self._coef, u)
             for taken in reversed(self._tape):
@@ -124,8 +137,8 @@ class _Reverse:
 
     def times(self, y0: Tensor, y1: Tensor) -> Tensor:
         """Return dL/d times, (B, T), after `run`."""
-        add_idle_times(self._requests, self.kernel, self._grad, y0, y1, self._grad_t)
-        return self._grad_t
+        add_idle_times(self._requests, self.kernel, self._grad, y0, y1, self.grad_times)
+        return self.grad_times
 
     def _step(self, taken: Taken, u: Tensor) -> None:
         """Pull the cotangents u (A, D) of its rows back through one step, in place."""
@@ -194,7 +207,9 @@ class _Reverse:
         grad_h += (k[:used] * cotangents).sum(dim=(0, 2)).to(dtype) / or_one(taken.h)
         if inside is not None:
             rate = inside.rate(coef, k).to(dtype)
-            self._grad_t.index_put_((inside.rows, inside.index), rate, accumulate=True)
+            self.grad_times.index_put_(
+                (inside.rows, inside.index), rate, accumulate=True
+            )
             grad_t.index_add_(0, inside.position, -rate)
             grad_h.index_add_(0, inside.position, -rate * inside.theta)
         ends = self._requests.times[:, [0, -1]]
@@ -202,7 +217,7 @@ class _Reverse:
             ends = ends[taken.rows]
         span = or_one(ends[:, 1] - ends[:, 0])
         left, share = 1 - (taken.t - ends[:, 0]) / span, taken.h / span
-        add_ends(self._grad_t, taken.rows, left, share, grad_t, grad_h)
+        add_ends(self.grad_times, taken.rows, left, share, grad_t, grad_h)
 
 
 def add_ends(

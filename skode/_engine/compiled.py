@@ -20,7 +20,7 @@ from torch import Tensor
 from skode._engine.build import BuildError, library
 from skode._engine.checkpoint import add_idle_times
 from skode._engine.dense import Requests
-from skode._engine.kernel import Perceptron
+from skode._engine.layers import HasLayers, Layers
 from skode._engine.plan import Plan
 from skode._engine.solution import Statistics
 from skode._engine.tableau import Tableau
@@ -41,36 +41,48 @@ _COTANGENTS = struct.Struct("4P 2q 3P")
 
 
 @dataclass(frozen=True, slots=True)
-class Code:
-    """A field, and the compiled code that solves it."""
+class Compiled:
+    """A solve, and the code that runs it."""
 
-    perceptron: Perceptron
+    plan: Plan
+    layers: Layers
     library: ctypes.CDLL
 
+    @classmethod
+    def of(cls, plan: Plan, y0: Tensor) -> "Compiled | str":
+        """Return what runs the solve, compiled if need be; or what is in the way."""
+        if not isinstance(plan.field, HasLayers):
+            return "the field is not a multilayer perceptron known as data"
+        layers = plan.field.own_layers(plan.params)
+        if layers is None:
+            return "params are not the field's own parameters"
+        own = layers.params
+        if y0.dtype not in _REAL or any(p.dtype != y0.dtype for p in own):
+            return f"the state is {y0.dtype} and the parameters are {own[0].dtype}"
+        if plan.tolerance.first_step is not None or plan.tolerance.parts:
+            return "a first step of one's own, or a state in parts, is not compiled"
+        if plan.tableau.stages > _MOST_STAGES:
+            return f"{plan.tableau.name} has more than {_MOST_STAGES} stages"
+        try:
+            return cls(plan, layers, library(_REAL[y0.dtype], layers.activation))
+        except BuildError as error:
+            return str(error)
 
-def code(plan: Plan, y0: Tensor) -> Code | str:
-    """Return what runs a solve, compiled if need be; or what is in the way."""
-    described = getattr(plan.field, "perceptron", None)
-    if described is None:
-        return "the field is not a multilayer perceptron known as data"
-    perceptron = Perceptron(*described())
-    own = perceptron.parameters
-    if plan.params and [id(p) for p in plan.params] != [id(p) for p in own]:
-        return "params are not the field's own parameters"
-    if y0.device.type != "cpu":
-        return f"the state is on {y0.device}, and compiled code runs on the CPU"
-    if y0.dtype not in _REAL or any(p.dtype != y0.dtype for p in own):
-        return f"the state is {y0.dtype} and the parameters are {own[0].dtype}"
-    if plan.tableau.stages > _MOST_STAGES:
-        return f"{plan.tableau.name} has more than {_MOST_STAGES} stages"
-    try:
-        return Code(perceptron, library(_REAL[y0.dtype], perceptron.activation))
-    except BuildError as error:
-        return str(error)
+    def forward(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
+        """Solve without a gradient; return states (B, T, D)."""
+        _, ys, stats = _run(self, y0, times, record=False)
+        return ys, stats
+
+    def traced(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
+        """Solve with a gradient for y0, the times and the parameters of the plan."""
+        with torch.no_grad():
+            program, ys, stats = _run(self, y0, times, record=True)
+        apply: Callable[..., Tensor] = _Replayed.apply
+        return apply(self.plan, program, ys, y0, times, *self.plan.params), stats
 
 
-class Compiled(torch.autograd.Function):
-    """Solve in compiled code; keep (t, h, y) of each step of each row."""
+class _Replayed(torch.autograd.Function):
+    """The states of a solve, whose gradient replays its steps in compiled code."""
 
     @staticmethod
     def forward(
@@ -107,30 +119,12 @@ class Compiled(torch.autograd.Function):
         return None, None, None, grad_y0, grad_times, *own
 
 
-def forward(
-    plan: Plan, code: Code, y0: Tensor, times: Tensor
-) -> tuple[Tensor, Statistics]:
-    """Solve without a gradient; return states (B, T, D)."""
-    _, ys, stats = _run(plan, code, y0, times, record=False)
-    return ys, stats
-
-
-def differentiable(
-    plan: Plan, code: Code, y0: Tensor, times: Tensor
-) -> tuple[Tensor, Statistics]:
-    """Solve with a gradient for y0, the times and the parameters of the plan."""
-    with torch.no_grad():
-        program, ys, stats = _run(plan, code, y0, times, record=True)
-    apply: Callable[..., Tensor] = Compiled.apply
-    return apply(plan, program, ys, y0, times, *plan.params), stats
-
-
 class _Program:
     """The steps of one solve, in compiled code."""
 
-    def __init__(self, code: Code, handle: int, times: "_Times") -> None:
-        self._library, self._handle = code.library, handle
-        self._widths, self._times = code.perceptron.widths, times
+    def __init__(self, solve: Compiled, handle: int, times: "_Times") -> None:
+        self._library, self._handle = solve.library, handle
+        self._widths, self._times = solve.layers.widths, times
 
     def backward(
         self, grad: Tensor, timed: bool, trained: bool
@@ -181,18 +175,18 @@ class _Program:
 
 
 def _run(
-    plan: Plan, code: Code, y0: Tensor, times: Tensor, record: bool
+    solve: Compiled, y0: Tensor, times: Tensor, record: bool
 ) -> tuple[_Program, Tensor, Statistics]:
     """Solve; return the steps, if they are to be kept, and states (B, T, D)."""
-    perceptron, tolerance = code.perceptron, plan.tolerance
+    layers, tolerance = solve.layers, solve.plan.tolerance
     y0 = y0.contiguous()
     rows, state = y0.shape
-    layers = [
+    groups = [
         [x.contiguous() for x in group]
-        for group in (perceptron.weights, perceptron.biases, perceptron.shifts)
+        for group in (layers.weights, layers.biases, layers.shifts)
     ]
-    addresses = [_addresses(group) for group in layers]
-    widths, method = array("q", perceptron.widths), _method(plan.tableau)
+    addresses = [_addresses(group) for group in groups]
+    widths, method = array("q", layers.widths), _method(solve.plan.tableau)
     doubles = _Times.of(times)
     ys = y0.new_empty(rows, times.shape[1], state)
     reached = torch.empty(rows, dtype=torch.float64)
@@ -200,7 +194,7 @@ def _run(
     spec = _SPEC.pack(
         *map(_address, addresses),
         _address(widths),
-        len(perceptron.weights),
+        len(layers.weights),
         *method.addresses,
         *method.numbers,
         tolerance.rtol,
@@ -218,14 +212,14 @@ def _run(
         reached.data_ptr(),
         *(counts.data_ptr() + 8 * rows * n for n in range(4)),
         record,
-        _threads(perceptron, rows, code.library.skode_tile()),
+        _threads(layers, rows, solve.library.skode_tile()),
     )
     # The solve copies the layers, the method and this structure; not the batch.
-    handle = code.library.skode_begin(spec)
+    handle = solve.library.skode_begin(spec)
     if not handle:
         raise MemoryError(_NO_MEMORY)
-    program = _Program(code, handle, doubles)
-    program.advance(code.library.skode_forward)
+    program = _Program(solve, handle, doubles)
+    program.advance(solve.library.skode_forward)
     status, *numbers = counts.unbind()
     stats = Statistics(status.to(torch.int8), reached.to(times.dtype), *numbers)
     return program, ys, stats
@@ -283,8 +277,8 @@ def _method(tableau: Tableau) -> _Method:
     return _Method(tableau)
 
 
-def _threads(perceptron: Perceptron, rows: int, tile: int) -> int:
+def _threads(layers: Layers, rows: int, tile: int) -> int:
     """Return how many threads pay: no more than tiles, and than PyTorch would take."""
-    work = rows * sum(weight.numel() for weight in perceptron.weights)
+    work = rows * sum(weight.numel() for weight in layers.weights)
     most = min(torch.get_num_threads(), -(-rows // tile), work // _WORTH_A_THREAD)
     return max(1, most)

@@ -8,7 +8,6 @@ own (`HasKernel`) brings its kernel; autograd serves all others.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -64,7 +63,7 @@ class Kernel(Evaluator, Protocol):
 class HasKernel(Protocol):
     """A field that differentiates itself."""
 
-    def kernel(self, params: Sequence[Tensor]) -> Kernel | None:
+    def own_kernel(self, params: Sequence[Tensor]) -> Kernel | None:
         """Bind to one solve; None where `params` are not the field's own."""
 
 
@@ -74,32 +73,6 @@ class Evaluation(NamedTuple):
     t: Tensor
     y: Tensor
     dy: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Perceptron:
-    """A field as data: what compiled code needs to solve it.
-
-    Layer l computes W_l x + b_l + t u_l; all but the last are followed by an
-    activation. A field offers itself by a method `perceptron` that returns these four.
-    """
-
-    weights: tuple[Tensor, ...]
-    """(outputs, inputs) each."""
-    biases: tuple[Tensor, ...]
-    shifts: tuple[Tensor, ...]
-    activation: str
-    """"tanh", "softplus", "silu" or "relu"."""
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """Weights, then biases, then shifts."""
-        return *self.weights, *self.biases, *self.shifts
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of the state, of each hidden layer, and of the state."""
-        return self.weights[0].shape[1], *(weight.shape[0] for weight in self.weights)
 
 
 class AutogradKernel:
@@ -201,7 +174,7 @@ class AutogradKernel:
 def bind(field: Field, params: Sequence[Tensor]) -> Kernel:
     """Return the field's own kernel, or autograd's."""
     if isinstance(field, HasKernel):
-        kernel = field.kernel(params)
+        kernel = field.own_kernel(params)
         if kernel is not None:
             return kernel
     return AutogradKernel(field, params)

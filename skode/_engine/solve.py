@@ -1,18 +1,20 @@
 """The engine's only door. B rows, T times, D state."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from skode._engine import compiled
 from skode._engine.adjoint import Adjoint
 from skode._engine.backprop import backprop
 from skode._engine.borrowed import BORROWED, Borrowed, Loan
 from skode._engine.checkpoint import Checkpoint
+from skode._engine.compiled import Compiled
+from skode._engine.fused import fused
 from skode._engine.kernel import Field
 from skode._engine.plan import Plan
 from skode._engine.reversible import Reversible, reversible
@@ -109,11 +111,12 @@ def solve(
     adjoint : AdjointSolve or None, default=None
         How ``gradient="adjoint"`` solves backwards; None: as forwards.
     compile : bool or "auto", default=False
-        Whether to run the whole solve in compiled code: a perceptron on a CPU, with a
-        method of our own, and the gradient "checkpoint" if one is wanted. The code is
-        compiled by the machine's C++ compiler when first asked for and kept on disk.
-        True: where that cannot be, say why. "auto": where it cannot be, solve as with
-        False.
+        Whether to run whole solves outside PyTorch's loop, with a method of our own and
+        the gradient "checkpoint" if one is wanted. On a CPU: a perceptron, in code that
+        the machine's C++ compiler makes when first asked and that is kept on disk. On
+        a GPU, with adaptive steps: a perceptron, in Triton kernels; other fields, as
+        CUDA graphs. True: where that cannot be, say why. "auto": where it cannot be,
+        solve as with False.
 
     Returns
     -------
@@ -128,6 +131,8 @@ def solve(
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}.")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto', got {compile!r}.")
     tolerance = Tolerance(rtol, atol, step_size, max_steps, first_step, tuple(parts))
     parsed = parse_method(method, step_size)
     times = _parse_times(y0, t)
@@ -140,41 +145,110 @@ def solve(
         x.requires_grad for x in (y0, times, *params)
     )
     if isinstance(parsed, Borrowed):
-        forward = Loan(field, parsed, tolerance).run
-        by_adjoint = _borrowed_adjoint(method, parsed, gradient)
-        # Explicit steps with an error estimate suit the adjoint of any method.
-        plan = Plan(field, TABLEAUX["dopri5"], tolerance, params)
+        route = _borrowed_route(field, method, parsed, tolerance, params, gradient)
+        found: Fast | str = "the method is not of our own"
     else:
         plan = Plan(field, parsed, tolerance, params)
-        forward, by_adjoint = plan.forward, gradient == "adjoint"
-        if gradient == "reversible":  # a scheme of its own, differentiated or not
-            forward = partial(reversible, plan)
-    taped = wanted and gradient == "backprop"
-    code = _compiled_code(compile, plan, parsed, y0, gradient, taped)
-    if code is not None:
-        forward = partial(compiled.forward, plan, code)
-    if not wanted:
-        with torch.no_grad():
-            ys, stats = forward(y0.detach(), times.detach())
-    elif by_adjoint:
-        remedy = None
-        if adjoint is not None:
-            plan, remedy = _backwards(plan, adjoint), adjoint.remedy
-        ys, *columns = Adjoint.apply(forward, plan, remedy, y0, times, *params)  # type: ignore[no-untyped-call]
-        stats = Statistics(*columns)
-    elif isinstance(parsed, Borrowed):
-        ys, stats = forward(y0, times)
-    elif gradient == "reversible":
-        ys, *columns = Reversible.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
-        stats = Statistics(*columns)
-    elif gradient == "backprop":
-        ys, stats = backprop(plan, y0, times)
-    elif code is not None:
-        ys, stats = compiled.differentiable(plan, code, y0, times)
+        found = _fast(plan, y0, times, gradient, wanted) if compile else ""
+        route = _own_route(plan, gradient, found, adjoint)
+    if isinstance(found, str) and compile is True:
+        raise ValueError(
+            f"compile=True is not possible here: {found}. compile='auto' solves "
+            "without compiled code where there is none."
+        )
+    if wanted:
+        ys, stats = route.traced(y0, times)
     else:
-        ys, *columns = Checkpoint.apply(plan, y0, times, *params)  # type: ignore[no-untyped-call]
-        stats = Statistics(*columns)
+        with torch.no_grad():
+            ys, stats = route.forward(y0.detach(), times.detach())
     return Solution(ys, stats, tolerance, fixed_step=method in FIXED_STEP)
+
+
+Solver = Callable[[Tensor, Tensor], tuple[Tensor, Statistics]]
+"""From y0 (B, D) and times (B, T) to states (B, T, D) and statistics."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """How values are computed, and how with autograd."""
+
+    forward: Solver
+    traced: Solver
+
+
+class Fast(Protocol):
+    """What solves outside PyTorch's loop."""
+
+    def forward(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
+        """Solve without autograd."""
+
+    def traced(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
+        """Solve with the gradient of "checkpoint"."""
+
+
+def _own_route(
+    plan: Plan, gradient: str, found: Fast | str, adjoint: AdjointSolve | None
+) -> _Route:
+    """Return the route of a method of our own; `found` is what is faster, or not."""
+    forward = plan.forward if isinstance(found, str) else found.forward
+    if gradient == "reversible":  # a scheme of its own, differentiated or not
+        return _Route(partial(reversible, plan), _applied(Reversible, plan))
+    if gradient == "backprop":
+        return _Route(forward, partial(backprop, plan))
+    if gradient == "adjoint":
+        return _Route(forward, _by_adjoint(forward, plan, adjoint))
+    if isinstance(found, str):
+        return _Route(forward, _applied(Checkpoint, plan))
+    return _Route(forward, found.traced)
+
+
+def _borrowed_route(
+    field: Field,
+    method: str,
+    borrowed: Borrowed,
+    tolerance: Tolerance,
+    params: tuple[Tensor, ...],
+    gradient: str,
+) -> _Route:
+    """Return the route of a method of torchdiffeq's."""
+    run = Loan(field, borrowed, tolerance).run
+    if not _borrowed_adjoint(method, borrowed, gradient):
+        return _Route(run, run)
+    # Explicit steps with an error estimate suit the adjoint of any method.
+    plan = Plan(field, TABLEAUX["dopri5"], tolerance, params)
+    return _Route(run, _by_adjoint(run, plan, None))
+
+
+def _applied(
+    function: type[torch.autograd.Function], plan: Plan, *leading: object
+) -> Solver:
+    """Return the solver that an autograd function of so many arguments is."""
+
+    def run(y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
+        ys, *columns = function.apply(*leading, plan, y0, times, *plan.params)
+        return ys, Statistics(*columns)
+
+    return run
+
+
+def _by_adjoint(forward: Solver, plan: Plan, adjoint: AdjointSolve | None) -> Solver:
+    remedy = None
+    if adjoint is not None:
+        plan, remedy = _backwards(plan, adjoint), adjoint.remedy
+    return _applied(Adjoint, plan, forward, remedy)
+
+
+def _fast(
+    plan: Plan, y0: Tensor, times: Tensor, gradient: str, wanted: bool
+) -> Fast | str:
+    """Return what solves outside PyTorch's loop, or what is in the way."""
+    if gradient == "reversible":
+        return "gradient='reversible' takes steps of its own"
+    if gradient == "backprop" and wanted:
+        return "gradient='backprop' is autograd's, through operations of PyTorch"
+    if y0.device.type == "cpu":
+        return Compiled.of(plan, y0)
+    return fused(plan, y0, times)
 
 
 def _backwards(plan: Plan, adjoint: AdjointSolve) -> Plan:
@@ -210,46 +284,6 @@ def parse_method(method: str, step_size: float | None) -> Tableau | Borrowed:
             f"solver ({', '.join(ADAPTIVE)})."
         )
     return parsed
-
-
-def _compiled_code(
-    asked: bool | str,
-    plan: Plan,
-    parsed: Tableau | Borrowed,
-    y0: Tensor,
-    gradient: str,
-    taped: bool,
-) -> compiled.Code | None:
-    """Return what runs the solve in compiled code, if it is to.
-
-    Raises
-    ------
-    ValueError
-        If `asked` is no valid choice, or if it is True and that cannot be.
-    """
-    if asked not in (True, False, "auto"):
-        raise ValueError(f"compile must be True, False or 'auto', got {asked!r}.")
-    if not asked:
-        return None
-    found: compiled.Code | str
-    if isinstance(parsed, Borrowed):
-        found = "the method is not of our own"
-    elif gradient == "reversible":
-        found = "gradient='reversible' takes steps of its own"
-    elif plan.tolerance.first_step is not None or plan.tolerance.parts:
-        found = "a first step of one's own, or a state in parts, is not compiled"
-    elif taped:
-        found = "gradient='backprop' is autograd's, through operations of PyTorch"
-    else:
-        found = compiled.code(plan, y0)
-    if not isinstance(found, str):
-        return found
-    if asked is True:
-        raise ValueError(
-            f"compile=True is not possible here: {found}. compile='auto' solves "
-            "without compiled code where there is none."
-        )
-    return None
 
 
 def _borrowed_adjoint(method: str, borrowed: Borrowed, gradient: str) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skode._engine.layers import Layers
+
 Tensors = tuple[Tensor, ...]
 ACTIVATIONS = ("tanh", "softplus", "silu", "relu")
 
@@ -64,17 +66,20 @@ class MLPField(nn.Module):
         slope: Tensor = F.linear(y, weight, bias) + time * shift
         return slope
 
-    def perceptron(self) -> tuple[Tensors, Tensors, Tensors, str]:
-        """Return weights, biases, shifts and activation, for compiled code."""
-        weights, biases, shifts = map(_own, (self.weights, self.biases, self.shifts))
-        return weights, biases, shifts, self.activation
-
-    def kernel(self, params: Sequence[Tensor]) -> "MLPKernel | None":
+    def own_kernel(self, params: Sequence[Tensor]) -> "MLPKernel | None":
         """Return this field's kernel if `params` are its own parameters."""
-        own = tuple(self.parameters())
-        if params and [id(p) for p in params] != [id(p) for p in own]:
+        layers = self.own_layers(params)
+        if layers is None:
             return None
-        return MLPKernel(own, self.activation, trained=bool(params))
+        return MLPKernel(layers.params, self.activation, trained=bool(params))
+
+    def own_layers(self, params: Sequence[Tensor]) -> Layers | None:
+        """Return this field as data if `params` are its own parameters, or none."""
+        weights, biases, shifts = map(_own, (self.weights, self.biases, self.shifts))
+        layers = Layers(weights, biases, shifts, self.activation)
+        if params and [*map(id, params)] != [*map(id, layers.params)]:
+            return None
+        return layers
 
 
 def _own(layers: nn.ParameterList) -> Tensors:

@@ -38,7 +38,7 @@ class KeptField:
         """Return dy/dt (1, N)."""
         return self._layout.field(t, y)
 
-    def kernel(self, params: Sequence[Tensor]) -> "_KeptKernel":
+    def own_kernel(self, params: Sequence[Tensor]) -> "_KeptKernel":
         """Bind to one pass, forwards or back."""
         inner = AutogradKernel(self._layout.field, params)
         return _KeptKernel(inner, self._taken, {id(param) for param in self._params})

@@ -162,7 +162,7 @@ class OwnKernel:
     def __call__(self, t, y):
         return y.clone()
 
-    def kernel(self, params):
+    def own_kernel(self, params):
         self.bound.append(tuple(params))
         return None if self.refuse else AutogradKernel(self, params)
 
@@ -192,3 +192,24 @@ def test_fields_with_dropout_see_the_mode_of_autograd():
 
     solve(field, torch.ones(1, 1), TIMES.float())
     assert modes == {False}
+
+
+class Crowded(torch.nn.Module):
+    """A field whose attributes have the names that a field of ours might use."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+        self.kernel = torch.nn.Parameter(torch.ones(2))
+        self.perceptron = "none"
+
+    def forward(self, t, y):
+        return self.layers[0](y) * self.kernel
+
+
+def test_a_users_names_are_not_taken_for_ours():
+    field, y0 = Crowded(), torch.ones(3, 2)
+    t = torch.tensor([0.0, 1.0])
+    ys = solve(field, y0, t, params=tuple(field.parameters()), compile="auto").ys
+    ys.sum().backward()
+    assert torch.isfinite(field.kernel.grad).all()

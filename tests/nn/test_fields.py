@@ -31,7 +31,7 @@ def close(ours, wanted):
 def test_the_kernel_agrees_with_autograd(activation, hidden, at_once):
     field = field_of(hidden, activation)
     params = tuple(field.parameters())
-    fused, plain = field.kernel(params), AutogradKernel(field, params)
+    fused, plain = field.own_kernel(params), AutogradKernel(field, params)
     # Fewer rows than before, then more: the fused kernel reuses its memory.
     for round_, rows in enumerate([4, 4, 2, 5]):
         times = normal(SLOTS, rows, seed=round_)
@@ -75,7 +75,7 @@ def test_only_the_slots_asked_for_are_summed():
     params = tuple(field.parameters())
     sums = []
     for used in (1, 2):
-        kernel = field.kernel(params)
+        kernel = field.own_kernel(params)
         times = normal(SLOTS, 4, seed=0)
         states, cotangents = kernel.begin_linear(times, 3)
         states.copy_(normal(SLOTS, 4, 3, seed=1))
@@ -91,7 +91,7 @@ def test_only_the_slots_asked_for_are_summed():
 
 def test_a_kernel_that_pulled_nothing_has_no_gradient():
     field = field_of((6,), "tanh")
-    kernel = field.kernel(tuple(field.parameters()))
+    kernel = field.own_kernel(tuple(field.parameters()))
     assert kernel.gradients() == (None,) * 6
 
 

@@ -1,0 +1,87 @@
+"""A perceptron that a field gives as data, for kernels that contain it.
+
+B rows, D state; layer l computes W_l x + b_l + t u_l, and is followed by an activation
+unless it is the last.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "softplus": _softplus,
+    "silu": _silu,
+    "relu": torch.relu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Weights (out, in), biases and shifts (out,) of every layer."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    shifts: tuple[Tensor, ...]
+    activation: str
+
+    @property
+    def params(self) -> tuple[Tensor, ...]:
+        """All of them, weights first, then biases, then shifts."""
+        return (*self.weights, *self.biases, *self.shifts)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the state, of every hidden layer, and of the state again."""
+        first = self.weights[0].shape[1]
+        return (first, *(weight.shape[0] for weight in self.weights))
+
+    def flat(self) -> Tensor:
+        """Return all parameters in one vector."""
+        return torch.cat([param.detach().reshape(-1) for param in self.params])
+
+    def offsets(self) -> tuple[tuple[int, int, int], ...]:
+        """Return where in `flat` the weight, bias and shift of every layer begin."""
+        sizes = [param.numel() for param in self.params]
+        starts, depth = [0, *accumulate(sizes)], len(self.weights)
+        return tuple(
+            (starts[i], starts[depth + i], starts[2 * depth + i]) for i in range(depth)
+        )
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts of a vector like `flat`, shaped as the parameters."""
+        parts = flat.split([param.numel() for param in self.params])
+        return tuple(
+            part.view(param.shape)
+            for part, param in zip(parts, self.params, strict=True)
+        )
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """Return dy/dt (B, D) at times (B,) and states (B, D), in plain PyTorch."""
+        layers = list(zip(self.weights, self.biases, self.shifts, strict=True))
+        for i, (weight, bias, shift) in enumerate(layers):
+            y = torch.addmm(bias, y, weight.T) + t[:, None] * shift
+            if i + 1 < len(layers):
+                y = _PLAIN[self.activation](y)
+        return y
+
+
+@runtime_checkable
+class HasLayers(Protocol):
+    """A field that is a perceptron and says so."""
+
+    def own_layers(self, params: Sequence[Tensor]) -> Layers | None:
+        """Return its layers; None where `params` are not the field's own."""

@@ -1,0 +1,1 @@
+"""Triton kernels that carry tiles of rows through whole steps on chip."""
