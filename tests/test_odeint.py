@@ -85,9 +85,7 @@ class TestMethods:
         field, y0 = Swirl(), start(3)
         ours = odeint(field, y0, t, method=method, options=options)
         theirs = torchdiffeq.odeint(field, y0, t, method=method, options=options)
-        # Their rk4 is the 3/8 rule and ours the classic one.
-        near = 1e-8 if method == "rk4" else 1e-12
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=near)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("method", FIXED)
     def test_without_a_step_size_the_times_are_the_grid(self, method):
