@@ -27,6 +27,7 @@ _SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = [
     "-std=c++17",
     "-O3",
+    "-funroll-loops",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
