@@ -254,8 +254,8 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
         here (`field` None) and the solvers listed first. On a CPU the machine's C++
         compiler translates it when it is first needed, in seconds, and it is kept in
         the user's cache directory; a GPU runs Triton kernels and CUDA graphs. "auto":
-        where it can be; True: or say why not; False: never. Results agree to rounding.
-        May be changed after `fit`.
+        where it can be; True: or say why not; False: never. Results agree to rounding,
+        with "relu" within the tolerance. May be changed after `fit`.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
     alpha : float, default=0.5
@@ -704,8 +704,8 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
         here (`field` None) and the solvers listed first. On a CPU the machine's C++
         compiler translates it when it is first needed, in seconds, and it is kept in
         the user's cache directory; a GPU runs Triton kernels and CUDA graphs. "auto":
-        where it can be; True: or say why not; False: never. Results agree to rounding.
-        May be changed after `fit`.
+        where it can be; True: or say why not; False: never. Results agree to rounding,
+        with "relu" within the tolerance. May be changed after `fit`.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
     alpha : float, default=0.02

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -61,23 +62,24 @@ def library(real: str, activation: str) -> ctypes.CDLL:
         If there is no compiler, or if it fails; asked again, it fails again at once.
     """
     outcome = _outcome(real, activation)
-    if isinstance(outcome, BuildError):
-        raise outcome
+    if isinstance(outcome, str):
+        # A new error each time: one that is raised again keeps all that it met.
+        raise BuildError(outcome)
     return outcome
 
 
 @cache
-def _outcome(real: str, activation: str) -> ctypes.CDLL | BuildError:
+def _outcome(real: str, activation: str) -> ctypes.CDLL | str:
     try:
-        return _load(_compiled(real, activation))
+        return _built(real, activation)
     except BuildError as error:
-        return error
-    except OSError as error:
-        return BuildError(f"The compiled engine cannot be loaded: {error}")
+        return str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the compiled engine cannot be made or loaded: {error}"
 
 
-def compiler() -> str:
-    """Return the C++ compiler: CXX of the environment, or one on the path.
+def compiler() -> list[str]:
+    """Return the C++ compiler's command: CXX of the environment, or one on the path.
 
     Raises
     ------
@@ -86,52 +88,80 @@ def compiler() -> str:
     """
     asked = os.environ.get("CXX")
     for name in (asked,) if asked else ("c++", "g++", "clang++"):
-        found = shutil.which(name)
-        if found:
-            return found
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
     raise BuildError(
-        "There is no C++ compiler: install g++ or clang++ (or name one in the "
-        "environment variable CXX), or solve with compile=False."
+        "there is no C++ compiler: install g++ or clang++ (or name one in the "
+        "environment variable CXX), or solve with compile=False"
     )
 
 
-def cache_directory() -> Path:
-    """Return where libraries are kept: SKODE_CACHE, or the user's cache directory."""
-    asked = os.environ.get("SKODE_CACHE")
-    if asked:
-        return Path(asked)
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "skode"
+def cache_directory() -> Path | None:
+    """Return where libraries are kept: SKODE_CACHE, or the user's cache directory.
+
+    None if there is none that nobody else may write to: what lies there is run.
+    """
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = Path(os.environ.get("SKODE_CACHE") or Path(root) / "skode").resolve()
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = path.stat()
+    except (OSError, RuntimeError):  # no home, or not a directory
+        return None
+    if hasattr(os, "geteuid"):
+        mine = found.st_uid in (0, os.geteuid())
+        if not mine or found.st_mode & 0o022:
+            return None
+    return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
-def _compiled(real: str, activation: str) -> Path:
-    """Return the library's file, compiling it if it is not there."""
+def _built(real: str, activation: str) -> ctypes.CDLL:
+    """Return the library, compiled if it is not on disk or not as it was written."""
     tool = compiler()
     options = [f"-DSKODE_REAL={real}", f"-DSKODE_ACTIVATION={activation.upper()}"]
     name = f"engine-{real}-{activation}-{_fingerprint(tool, options)}.so"
-    path = cache_directory() / name
-    if path.exists():
-        return path
+    directory = cache_directory()
+    if directory is None:
+        with tempfile.TemporaryDirectory(prefix="skode-") as alone:
+            _log.warning(
+                "There is no cache directory that only you may write to: the engine is "
+                "compiled for this process alone. Name one in SKODE_CACHE."
+            )
+            _compile(tool, options, Path(alone) / name)
+            return _load(Path(alone) / name)
+    path = directory / name
+    if not _whole(path):
+        with _alone(path):
+            if not _whole(path):  # another process may have been at it
+                _compile(tool, options, path)
+    return _load(path)
+
+
+def _whole(path: Path) -> bool:
+    """Return whether a library is there, and whole, as it was written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=name):
-            pass  # can be written to
+        return _digest_of(path).read_text() == _digest(path)
     except OSError:
-        # Nowhere to keep it: compiled for this process alone.
-        path = Path(tempfile.mkdtemp(prefix="skode-")) / name
-    with _alone(path):
-        if not path.exists():  # another process may have been at it
-            _compile(tool, options, path)
-    return path
+        return False
 
 
-def _compile(tool: str, options: list[str], path: Path) -> None:
+def _digest_of(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _compile(tool: list[str], options: list[str], path: Path) -> None:
     begin = time.perf_counter()
     aside = path.with_suffix(f".{os.getpid()}")
     try:
         _run(tool, options, aside)
-        # Whole or not at all, even where two processes compile at once.
+        _digest_of(path).unlink(missing_ok=True)
         os.replace(aside, path)
+        _digest_of(path).write_text(_digest(path))
     finally:
         aside.unlink(missing_ok=True)
     seconds = time.perf_counter() - begin
@@ -144,16 +174,20 @@ def _alone(path: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with open(path.with_suffix(".lock"), "w") as lock:
+    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW
+    lock = os.open(path.with_suffix(".lock"), flags, 0o600)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, or with the process
         yield
+    finally:
+        os.close(lock)
 
 
-def _run(tool: str, options: list[str], out: Path) -> None:
+def _run(tool: list[str], options: list[str], out: Path) -> None:
     said = ""
     # Clang for ARM spells "this machine" the second way.
     for native in ("-march=native", "-mcpu=native"):
-        command = [tool, *_FLAGS, native, *options, "-o", str(out)]
+        command = [*tool, *_FLAGS, native, *options, "-o", str(out)]
         try:
             done = subprocess.run(
                 [*command, str(_SOURCES / "solve.cpp")],
@@ -163,23 +197,25 @@ def _run(tool: str, options: list[str], out: Path) -> None:
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{tool} did not compile the engine: {error}") from error
+            raise BuildError(
+                f"{tool[0]} did not compile the engine: {error}"
+            ) from error
         if done.returncode == 0:
             return
         said = said or done.stderr.strip()
     raise BuildError(
-        f"{tool} did not compile the engine; solve with compile=False, or name "
+        f"{tool[0]} did not compile the engine; solve with compile=False, or name "
         f"another compiler in the environment variable CXX. It said:\n{said[-2000:]}"
     )
 
 
-def _fingerprint(tool: str, options: list[str]) -> str:
+def _fingerprint(tool: list[str], options: list[str]) -> str:
     """Return a digest of all that the library depends on."""
     digest = hashlib.sha256()
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())
     version = subprocess.run(
-        [tool, "--version"], capture_output=True, timeout=_LONGEST, check=False
+        [*tool, "--version"], capture_output=True, timeout=_LONGEST, check=False
     ).stdout
     digest.update(version)
     digest.update(repr((_FLAGS, options, platform.machine(), _processor())).encode())

@@ -58,7 +58,7 @@ class Checkpoint(torch.autograd.Function):
         y0, y1, times, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = (y0, times, *rest[len(rest) - len(ctx.plan.params) :])
-            return None, *_by_autograd(ctx.plan, inputs, grad)
+            return None, *by_autograd(ctx.plan, inputs, grad)
         tape, needs_times = unflat(rest, ctx.steps), ctx.needs_input_grad[2]
         with torch.no_grad():
             reverse = _Reverse(ctx.plan, tape, Requests(times), grad, needs_times)
@@ -95,7 +95,7 @@ def require_first_order(name: str) -> None:
         )
 
 
-def _by_autograd(
+def by_autograd(
     plan: Plan, inputs: tuple[Tensor, ...], grad: Tensor
 ) -> Iterator[Tensor | None]:
     """Yield a gradient that can be differentiated again: autograd's own."""
@@ -255,8 +255,9 @@ def add_idle_times(
             slope = torch.empty_like(y)
             kernel.begin(times[:, column].to(y.dtype)[None])
             kernel.evaluate(0, y, slope)
-            moved = torch.einsum("btd,bd->bt", grad, slope)
-            moved = torch.where(idle, moved, 0.0)
+            # A row that failed has no slope; a loss that does not look at it, 0.
+            product = torch.where(grad == 0, 0.0, grad * slope[:, None])
+            moved = torch.where(idle, product.sum(dim=2), 0.0)
             grads += moved
             grads[:, column] -= moved.sum(dim=1)
 

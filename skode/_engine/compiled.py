@@ -8,8 +8,10 @@ and `checkpoint`.
 
 import ctypes
 import struct
+import threading
+import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from skode._engine.build import BuildError, library
-from skode._engine.checkpoint import add_idle_times
+from skode._engine.checkpoint import add_idle_times, by_autograd
 from skode._engine.dense import Requests
 from skode._engine.layers import Layers
 from skode._engine.plan import Plan
@@ -57,9 +59,10 @@ class Compiled:
         layers: Layers | None = own_layers(plan.params)
         if layers is None:
             return "params are not the field's own parameters"
-        own = layers.params
-        if y0.dtype not in _REAL or any(p.dtype != y0.dtype for p in own):
-            return f"the state is {y0.dtype} and the parameters are {own[0].dtype}"
+        if y0.dtype not in _REAL:
+            return f"the state is {y0.dtype}, neither float32 nor float64"
+        if not layers.fits(y0):
+            return "the layers do not fit the state in width, dtype or device"
         if plan.tolerance.first_step is not None or plan.tolerance.parts:
             return "a first step of one's own, or a state in parts, is not compiled"
         if plan.tableau.stages > _MOST_STAGES:
@@ -79,7 +82,7 @@ class Compiled:
         with torch.no_grad():
             program, ys, stats = _run(self, y0, times, record=True)
         apply: Callable[..., Tensor] = _Replayed.apply
-        return apply(self.plan, program, ys, y0, times, *self.plan.params), stats
+        return apply(self.plan, program, [ys], y0, times, *self.plan.params), stats
 
 
 class _Replayed(torch.autograd.Function):
@@ -90,28 +93,29 @@ class _Replayed(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         program: "_Program",
-        ys: Tensor,
+        box: list[Tensor],
         y0: Tensor,
         times: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        ctx.plan, ctx.program = plan, program
+        # In a box, since what comes in and goes out may not be changed in place.
+        ys = box.pop()
+        ctx.plan, ctx.program = plan, weakref.ref(program)
+        ctx.versions = [param._version for param in params]
         # The program has the parameters; without gradients of times, nobody reads more.
         more = (ys[:, -1].clone(), *params) if ctx.needs_input_grad[4] else ()
-        ctx.save_for_backward(y0, times, *more)
-        return ys.view_as(ys)
+        ctx.save_for_backward(_lifeline(program), y0, times, *more)
+        return ys
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y0, times, *more = ctx.saved_tensors
+        _, y0, times, *more = ctx.saved_tensors
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "A compiled solve has no second derivative: solve with compile=False "
-                "where create_graph=True is needed."
-            )
+            return None, None, None, *_second_order(ctx, y0, times, grad)
         timed, *trained = ctx.needs_input_grad[4:]
         with torch.no_grad():
-            grad_y0, grad_times, grads = ctx.program.backward(grad, timed, any(trained))
+            pulled = ctx.program().backward(grad, timed, any(trained))
+            grad_y0, grad_times, grads = pulled
             if grad_times is not None:
                 grad_times = grad_times.to(times.dtype)
                 kernel, requests = ctx.plan.untrained_kernel(), Requests(times)
@@ -120,12 +124,37 @@ class _Replayed(torch.autograd.Function):
         return None, None, None, grad_y0, grad_times, *own
 
 
+def _second_order(
+    ctx: Any, y0: Tensor, times: Tensor, grad: Tensor
+) -> Iterator[Tensor | None]:
+    """Return a gradient that can be differentiated again."""
+    params = ctx.plan.params
+    if [param._version for param in params] != ctx.versions:
+        raise RuntimeError(
+            "The parameters of the field have changed since the solve: take the "
+            "gradient with create_graph=True before the optimiser's step."
+        )
+    return by_autograd(ctx.plan, (y0, times, *params), grad)
+
+
+class _Held(ctypes.c_char * 1):  # type: ignore[misc]
+    """Memory that something else hangs on."""
+
+
+def _lifeline(program: "_Program") -> Tensor:
+    """Return a tensor that holds the program: autograd frees saved tensors in time."""
+    held = _Held()
+    held.program = program
+    return torch.frombuffer(held, dtype=torch.uint8)
+
+
 class _Program:
     """The steps of one solve, in compiled code."""
 
     def __init__(self, solve: Compiled, handle: int, times: "_Times") -> None:
         self._library, self._handle = solve.library, handle
         self._widths, self._times = solve.layers.widths, times
+        self._turn = threading.Lock()
 
     def backward(
         self, grad: Tensor, timed: bool, trained: bool
@@ -134,7 +163,7 @@ class _Program:
 
         Those that are not wanted are None, and none.
         """
-        grad = grad.contiguous()
+        grad = grad.resolve_neg().contiguous()
         grad_y0 = grad.new_empty(grad.shape[0], grad.shape[2])
         grad_t = torch.zeros(grad.shape[:2], dtype=torch.float64) if timed else None
         grads = self._zeros(grad) if trained else ()
@@ -148,9 +177,11 @@ class _Program:
             *self._times.strides,
             *(map(_address, layers) if trained else (0, 0, 0)),
         )
-        if self._library.skode_begin_backward(self._handle, cotangents):
-            raise MemoryError(_NO_MEMORY)
-        self.advance(self._library.skode_backward)
+        # Two threads may ask for the gradient of one graph.
+        with self._turn:
+            if self._library.skode_begin_backward(self._handle, cotangents):
+                raise MemoryError(_NO_MEMORY)
+            self.advance(self._library.skode_backward)
         return grad_y0, grad_t, grads
 
     def _zeros(self, like: Tensor) -> tuple[Tensor, ...]:
@@ -180,10 +211,10 @@ def _run(
 ) -> tuple[_Program, Tensor, Statistics]:
     """Solve; return the steps, if they are to be kept, and states (B, T, D)."""
     layers, tolerance = solve.layers, solve.plan.tolerance
-    y0 = y0.contiguous()
+    y0 = y0.resolve_neg().contiguous()
     rows, state = y0.shape
     groups = [
-        [x.contiguous() for x in group]
+        [x.resolve_neg().contiguous() for x in group]
         for group in (layers.weights, layers.biases, layers.shifts)
     ]
     addresses = [_addresses(group) for group in groups]
@@ -202,7 +233,7 @@ def _run(
         tolerance.atol,
         tolerance.step_size or 0.0,
         torch.finfo(times.dtype).eps,
-        tolerance.max_steps,
+        min(tolerance.max_steps, 2**62),
         rows,
         times.shape[1],
         state,

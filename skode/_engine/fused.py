@@ -75,9 +75,7 @@ def _on_chip(plan: Plan, y0: Tensor, times: Tensor) -> Program | None:
     if plan.tolerance.first_step is not None or plan.tolerance.parts:
         return None
     layers = plan.field.own_layers(plan.params)
-    if layers is None or layers.widths[0] != y0.shape[1]:
-        return None
-    if any(p.dtype != y0.dtype or p.device != y0.device for p in layers.params):
+    if layers is None or not layers.fits(y0):
         return None
     # Triton comes with PyTorch's CUDA builds alone, and takes its time to import.
     from skode._engine.tiles.program import TileProgram

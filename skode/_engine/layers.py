@@ -49,6 +49,23 @@ class Layers:
         first = self.weights[0].shape[1]
         return (first, *(weight.shape[0] for weight in self.weights))
 
+    def fits(self, y: Tensor) -> bool:
+        """Return whether they fit each other, and states like y (B, D)."""
+        widths, dtype, device = self.widths, y.dtype, y.device
+        if widths[0] != widths[-1] or widths[0] != y.shape[1]:
+            return False
+        shapes = [
+            *zip(widths[1:], widths, strict=False),
+            *((width,) for width in (*widths[1:], *widths[1:])),
+        ]
+        return all(
+            param.shape == shape
+            and param.dtype == dtype
+            and param.device == device
+            and param.layout == torch.strided
+            for param, shape in zip(self.params, shapes, strict=True)
+        )
+
     def flat(self) -> Tensor:
         """Return all parameters in one vector."""
         return torch.cat([param.detach().reshape(-1) for param in self.params])

@@ -151,7 +151,7 @@ def solve(
         plan = Plan(field, parsed, tolerance, params)
         found = _fast(plan, y0, times, gradient, wanted) if compile else ""
         route = _own_route(plan, gradient, found, adjoint)
-    if isinstance(found, str) and compile is True:
+    if isinstance(found, str) and compile and compile != "auto":
         raise ValueError(
             f"compile=True is not possible here: {found}. compile='auto' solves "
             "without compiled code where there is none."

@@ -74,8 +74,17 @@ class MLPField(nn.Module):
         return MLPKernel(layers.params, self.activation, trained=bool(params))
 
     def own_layers(self, params: Sequence[Tensor]) -> Layers | None:
-        """Return this field as data if `params` are its own parameters, or none."""
+        """Return this field as data if `params` are its own parameters, or none.
+
+        None too where data would not be all of it: a forward of its own, hooks, or
+        weights that are computed from other parameters.
+        """
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        if type(self).forward is not MLPField.forward or hooks:
+            return None
         weights, biases, shifts = map(_own, (self.weights, self.biases, self.shifts))
+        if not len(weights) == len(biases) == len(shifts):
+            return None
         layers = Layers(weights, biases, shifts, self.activation)
         if params and [*map(id, params)] != [*map(id, layers.params)]:
             return None
@@ -84,7 +93,8 @@ class MLPField(nn.Module):
 
 def _own(layers: nn.ParameterList) -> Tensors:
     """Return the list's parameters; iterating it looks each up by its name, slowly."""
-    return tuple(x for x in layers._parameters.values() if x is not None)
+    named = layers._parameters
+    return tuple(x for name, x in named.items() if x is not None and name.isdigit())
 
 
 class MLPKernel:

@@ -38,7 +38,9 @@ class Discrete:
         if isinstance(func, nn.Module):
             params = tuple(param for param in func.parameters() if param.requires_grad)
         visible = any(x.requires_grad for x in (row, self.t, *params))
-        if visible and not isinstance(func, nn.Module):
+        # A hook is to see a parameter's gradient once, and whole.
+        hooked = any(param._backward_hooks for param in params)
+        if visible and (hooked or not isinstance(func, nn.Module)):
             return self._solve(field, row, "backprop")
         try:
             if visible:

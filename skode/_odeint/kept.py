@@ -18,10 +18,6 @@ from skode._odeint.layout import Layout
 _MOST_AT_ONCE, _MOST_KEPT = 2**16, 2**21
 """Numbers of stages of one step and of all; as many as the engine keeps of its own."""
 
-_CHECKED = 5
-"""One in so many evaluations is looked at, since that takes as long as a small net's
-own. It has no divisor in common with the stages of most methods, which take turns."""
-
 
 class Reached(Exception):
     """An evaluation led to a tensor that needs a gradient and is no parameter."""
@@ -64,7 +60,6 @@ class _KeptKernel:
         self._inner, self._taken, self._known = inner, taken, known
         self._first: Evaluation | None = None
         self._evaluated: dict[int, Evaluation] = {}
-        self._calls = 0
         self._room = _MOST_KEPT
         # Back from the last step.
         self._ahead = len(taken)
@@ -74,17 +69,13 @@ class _KeptKernel:
         self._inner.begin(times)
 
     def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
-        self._calls += 1
-        looked_at = self._calls % _CHECKED == 1
-        if not looked_at and y.numel() > _MOST_AT_ONCE:
-            self._inner.evaluate(slot, y, out)
-            return
         evaluation = self._inner.remembered(slot, y)
-        if looked_at:
-            own = {id(evaluation.t), id(evaluation.y)}
-            if not leaves(evaluation.dy) <= self._known | own:
-                raise Reached
+        own = {id(evaluation.t), id(evaluation.y)}
+        if not leaves(evaluation.dy) <= self._known | own:
+            raise Reached
         out.copy_(evaluation.dy.detach())
+        if y.numel() > _MOST_AT_ONCE:
+            return
         self._evaluated[slot] = evaluation
         if self._first is None:  # the slope at the start; what follows is a probe
             self._first = evaluation

@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import stat
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from skode._engine import build, compiled
 from skode._engine.solution import Status
@@ -330,17 +332,77 @@ def test_backward_again_after_retaining_the_graph():
         torch.autograd.grad(loss, y0)
 
 
-def test_no_second_derivative():
+def test_second_derivatives_are_those_of_autograd():
+    field, t = make_field(scale=1.0), ragged(5, 3)
+    found = []
+    for how in ({"compile": True}, {"compile": False, "gradient": "backprop"}):
+        y0 = normal(5, 3, seed=1).requires_grad_()
+        ys = solved(field, y0, t, **how).ys
+        (grad,) = torch.autograd.grad(weighted(ys), y0, create_graph=True)
+        wanted = (y0, *field.parameters())
+        found.append(torch.autograd.grad(grad.square().sum(), wanted))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_no_second_derivative_of_parameters_that_are_gone():
     field, y0 = make_field(), normal(5, 3, seed=1).requires_grad_()
     loss = weighted(solved(field, y0, ragged(5, 2), compile=True).ys)
-    with pytest.raises(RuntimeError, match="compile=False"):
+    with torch.no_grad():
+        field.weights[0].mul_(2.0)
+    with pytest.raises(RuntimeError, match="have changed since the solve"):
         torch.autograd.grad(loss, y0, create_graph=True)
 
 
-@pytest.mark.parametrize("own", [{"first_step": 0.1}, {"parts": (1, 2)}], ids=str)
-def test_what_is_not_compiled_is_not_passed_over(own):
-    with pytest.raises(ValueError, match="not possible here: a first step"):
-        solved(make_field(), normal(5, 3, seed=1), ragged(5, 2), compile=True, **own)
+def test_states_may_be_changed_in_place():
+    field, y0 = make_field(), normal(5, 3, seed=1).requires_grad_()
+    loop, fast = (
+        solved(field, y0, ragged(5, 2), compile=c).ys.mul_(2.0) for c in (False, True)
+    )
+    torch.testing.assert_close(loop, fast)
+    grads = [torch.autograd.grad(ys.sum(), y0)[0] for ys in (loop, fast)]
+    torch.testing.assert_close(*grads)
+
+
+def test_threads_may_share_a_graph():
+    field, y0 = make_field(8, (64,)), normal(200, 8, seed=1).requires_grad_()
+    loss = weighted(solved(field, y0, ragged(200, 2), compile=True).ys)
+    (wanted,) = torch.autograd.grad(loss, y0, retain_graph=True)
+
+    def run(_):
+        return [torch.autograd.grad(loss, y0, retain_graph=True)[0] for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for grads in pool.map(run, range(4)):
+            assert all(torch.equal(grad, wanted) for grad in grads)
+
+
+def test_a_failed_row_that_met_no_more_times_leaves_the_gradient_alone():
+    # Row 0 stops at once; in single precision its later times are 1e8 steps away.
+    field = MLPField(2, (4,), "relu")
+    with torch.no_grad():
+        for param in field.parameters():
+            param.zero_()
+        field.weights[0].copy_(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]))
+        field.weights[1][0, :2] = torch.tensor([-1e6, 1e6])
+        field.weights[1][1, 2:] = torch.tensor([-1.0, 1.0])
+    y0, t = torch.tensor([[0.0, 1.0], [1.0, 1.0]]), torch.linspace(0, 100, 5).double()
+    how = {"method": "dopri8", "max_steps": 1000, "rtol": 1e-3, "atol": 1e-6}
+    solution = solved(field, y0, t, compile=True, **how)
+    good = solution.stats.status == Status.SUCCESS
+    assert good.tolist() == [True, False]
+    grads = torch.autograd.grad(solution.ys[good].sum(), tuple(field.parameters()))
+    assert all(bool(torch.isfinite(grad).all()) for grad in grads)
+
+
+def test_negated_views_and_endless_steps():
+    field, t = make_field(1, (4,)), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    y0 = torch.tensor([[1.0 + 2.0j]], dtype=torch.complex128).conj().imag
+    assert y0.is_neg()
+    loop, fast = (
+        solved(field, y0, t, compile=c, max_steps=10**20).ys for c in (False, True)
+    )
+    torch.testing.assert_close(loop, fast)
 
 
 def test_the_gradient_is_that_of_the_parameters_as_they_were():
@@ -355,11 +417,16 @@ def test_the_gradient_is_that_of_the_parameters_as_they_were():
     assert torch.equal(found, wanted)
 
 
-def test_steps_are_freed_with_the_graph():
+def test_steps_are_freed_as_saved_tensors_are():
     field, y0 = make_field(), normal(5, 3, seed=1).requires_grad_()
     ys = solved(field, y0, ragged(5, 2), compile=True).ys
-    program = weakref.ref(ys.grad_fn.program)
+    program = ys.grad_fn.program
+    ys.sum().backward(retain_graph=True)
     assert program() is not None
+    ys.sum().backward()
+    assert program() is None
+    ys = solved(field, y0, ragged(5, 2), compile=True).ys
+    program = ys.grad_fn.program
     del ys
     gc.collect()
     assert program() is None
@@ -370,6 +437,65 @@ def test_a_forward_solve_serves_the_adjoint_too():
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     how = {"gradient": "adjoint", "rtol": 1e-9, "atol": 1e-9}
     assert_same(both(field, y0, t, weighted, **how), 1e-6)
+
+
+def wide():
+    return MLPField(64, [16]).double()
+
+
+def thin():
+    return MLPField(2, [16]).double()
+
+
+def elsewhere():
+    return MLPField(3, [8]).double().to("meta")
+
+
+def torn():
+    field = MLPField(3, [8]).double()
+    field.biases[0] = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    return field
+
+
+def single():
+    return MLPField(3, [8])
+
+
+@pytest.mark.parametrize("make", [wide, thin, elsewhere, torn, single])
+def test_layers_that_do_not_fit_never_reach_compiled_code(make):
+    field, y0, t = make(), normal(3, 3, seed=1), ragged(3, 2)
+    with pytest.raises(ValueError, match="do not fit the state"):
+        solved(field, y0, t, compile=True)
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as loop:
+        solved(field, y0, t, compile=False)
+    with pytest.raises(loop.type):
+        solved(field, y0, t, compile="auto")
+
+
+class Doubled(MLPField):
+    def forward(self, t, y):
+        return 2 * super().forward(t, y)
+
+
+def hooked():
+    field = make_field()
+    field.register_forward_hook(lambda module, args, out: 2 * out)
+    return field
+
+
+def pruned():
+    field = make_field()
+    prune.l1_unstructured(field.weights, "0", amount=0.5)
+    return field
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(3, (5,)).double(), hooked, pruned])
+def test_a_field_that_is_more_than_its_data_is_called(make):
+    field, y0, t = make(), normal(3, 3, seed=1).requires_grad_(), ragged(3, 2)
+    plain = solve(lambda t, y: field(t, y), y0, t, rtol=1e-8, atol=1e-8).y1
+    for compile in (False, "auto"):
+        found = solved(field, y0, t, compile=compile, rtol=1e-8, atol=1e-8).y1
+        torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
 
 
 def own(t, y):
@@ -423,6 +549,51 @@ def test_without_a_compiler_auto_solves_in_pytorch(nothing_built, monkeypatch):
     assert torch.equal(fast.ys, twin.ys)
 
 
+def test_a_batch_is_not_kept_where_there_is_no_compiler(nothing_built, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    y0 = normal(3, 3, seed=1)
+    batch = weakref.ref(y0)
+    solved(make_field(), y0, ragged(3, 2), compile="auto")
+    del y0
+    gc.collect()
+    assert batch() is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense"])
+def test_a_damaged_library_is_made_again(nothing_built, damage):
+    build.library("double", "tanh")
+    (path,) = (nothing_built / "cache").glob("*.so")
+    path.unlink()
+    path.write_bytes(damage)
+    build._outcome.cache_clear()
+    assert build.library("double", "tanh").skode_tile() > 0
+    assert path.stat().st_size > 1000
+
+
+def test_a_directory_that_others_may_write_to_is_not_trusted(nothing_built):
+    shared = nothing_built / "cache"
+    shared.mkdir()
+    shared.chmod(0o777)
+    assert build.cache_directory() is None
+    assert build.library("double", "tanh").skode_tile() > 0
+    assert not list(shared.iterdir())
+
+
+def test_without_a_home_there_is_no_cache(nothing_built, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SKODE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", homeless)
+    assert build.cache_directory() is None
+
+
+def test_a_compiler_may_have_arguments(monkeypatch):
+    monkeypatch.setenv("CXX", "sh -c")
+    assert build.compiler() == ["sh", "-c"]
+
+
 def test_a_compiler_that_fails_is_quoted(nothing_built, monkeypatch):
     broken = nothing_built / "broken"
     broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
@@ -441,7 +612,7 @@ def test_a_library_that_cannot_be_loaded_is_in_the_way(nothing_built, monkeypatc
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(fake))
-    with pytest.raises(build.BuildError, match="cannot be loaded"):
+    with pytest.raises(build.BuildError, match="made or loaded"):
         build.library("double", "tanh")
 
 

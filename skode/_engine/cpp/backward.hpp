@@ -20,10 +20,10 @@ public:
 
   Backward(const Spec &spec, const Cotangents &cotangents, const Method<T> &method,
            const Layers<T> &layers, std::int64_t first, std::int64_t last,
-           Taken *const *tape)
+           Taken *const *tape, const std::int64_t *written)
       : spec_(spec), given_(cotangents), method_(method),
         field_(layers, method.stages + 1), dim_(int(spec.state)),
-        stages_(method.stages), next_(first), last_(last), tape_(tape), y_(tile()),
+        stages_(method.stages), next_(first), last_(last), tape_(tape), written_(written), y_(tile()),
         u_(tile()), direct_(tile()), slopes_(std::size_t(stages_ + 1) * dim_ * V),
         pulls_(std::size_t(stages_ + 1) * dim_ * V),
         extra_(std::size_t(stages_ + 1) * dim_ * V) {
@@ -51,6 +51,7 @@ private:
   const int dim_, stages_;
   std::int64_t next_, last_;
   Taken *const *tape_;
+  const std::int64_t *written_;
   std::int64_t row_[L];
   Taken *taken_[L];
   std::int64_t inside_[L]; // requested times inside, not yet met: all before this one
@@ -89,7 +90,7 @@ private:
     std::int64_t end = spec_.times;
     while (end > 0 && time(row, end - 1) == last_time(row))
       --end;
-    inside_[l] = end;
+    inside_[l] = std::min(end, written_[row]); // a row that failed met no more
     for (int d = 0; d < dim_; ++d) {
       T sum = 0;
       for (std::int64_t i = end; i < spec_.times; ++i)

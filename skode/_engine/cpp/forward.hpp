@@ -40,10 +40,11 @@ public:
   static constexpr int L = V * lanes<T>;
 
   Forward(const Spec &spec, const Method<T> &method, const Controller<T> &controller,
-          const Layers<T> &layers, std::int64_t first, std::int64_t last, Taken **tape)
+          const Layers<T> &layers, std::int64_t first, std::int64_t last, Taken **tape,
+          std::int64_t *written)
       : spec_(spec), method_(method), controller_(controller), field_(layers, 0),
         dim_(int(spec.state)), stages_(method.stages), next_(first), last_(last),
-        tape_(tape), arena_(sizeof(Taken) + sizeof(T) * dim_), y_(tile()),
+        tape_(tape), written_(written), arena_(sizeof(Taken) + sizeof(T) * dim_), y_(tile()),
         state_(tile()), after_(tile()), wait_y_(tile()), wait_slope_(tile()),
         slopes_(std::size_t(stages_ + 1) * dim_ * V) {
     for (int l = 0; l < L; ++l)
@@ -67,7 +68,8 @@ private:
   Perceptron<T, A, V> field_;
   const int dim_, stages_;
   std::int64_t next_, last_;
-  Taken **tape_; // the last step of each row, if steps are kept
+  Taken **tape_; // the last step of each row, if steps are kept,
+  std::int64_t *written_; // and the requested time behind the last one that they met
   Arena arena_;
   // The tile.
   std::int64_t row_[L];
@@ -430,8 +432,11 @@ private:
     const std::int64_t first = first_inside(row);
     for (std::int64_t i = 0; i < first; ++i)
       std::copy(y0, y0 + dim_, output(row, i));
-    if (spec_.record && lost)
-      forget(row);
+    if (spec_.record) {
+      written_[row] = due_[l];
+      if (lost)
+        forget(row, sign_[l]);
+    }
     row_[l] = -1;
     // What is left in the lane must not overflow in steps of length 0.
     T *rest = scalars(y_.data()), *k = scalars(slope(0));
@@ -448,11 +453,14 @@ private:
   }
 
   // Drop the steps that led to, or began in, a state that is not finite: tape._sound.
-  void forget(std::int64_t row) {
+  void forget(std::int64_t row, double sign) {
     Taken *&taken = tape_[row];
     bool sound = false;
     while (taken != nullptr && !sound) {
       sound = finite(state_of<T>(taken), 1, dim_);
+      std::int64_t &met = written_[row];
+      while (met > 0 && time(row, met - 1) * sign > taken->t * sign)
+        --met;
       taken = taken->before;
     }
   }

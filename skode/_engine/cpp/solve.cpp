@@ -32,14 +32,17 @@ int share(std::vector<std::unique_ptr<Worker>> &workers, std::vector<char> &fini
     }
   };
   std::vector<std::thread> threads;
+  std::size_t begun = 1;
   try {
-    for (std::size_t n = 1; n < workers.size(); ++n)
-      threads.emplace_back(work, n);
+    threads.reserve(workers.size());
+    for (; begun < workers.size(); ++begun)
+      threads.emplace_back(work, begun);
   } catch (...) {
-    failed = true;
+    // No more threads to be had: the rest is done here.
   }
-  if (!failed)
-    work(0);
+  work(0);
+  for (std::size_t n = begun; n < workers.size(); ++n)
+    work(n);
   for (auto &thread : threads)
     thread.join();
   if (failed)
@@ -54,7 +57,7 @@ template <class T, Activation A, int V> class Solve {
 public:
   explicit Solve(const Spec &spec)
       : spec_(spec), method_(spec), controller_(spec),
-        tape_(spec.record ? spec.rows : 0, nullptr) {
+        tape_(spec.record ? spec.rows : 0, nullptr), written_(tape_.size(), 0) {
     for (std::int64_t l = 0; l < spec.depth; ++l)
       layers_.emplace_back(int(spec.widths[l]), int(spec.widths[l + 1]),
                            static_cast<const T *>(spec.weights[l]),
@@ -62,7 +65,8 @@ public:
                            static_cast<const T *>(spec.shifts[l]));
     for (std::int64_t n = 0; n < spec.threads; ++n)
       forward_.push_back(std::make_unique<Forward<T, A, V>>(
-          spec_, method_, controller_, layers_, begin(n), begin(n + 1), tape_.data()));
+          spec_, method_, controller_, layers_, begin(n), begin(n + 1), tape_.data(),
+          written_.data()));
     finished_.assign(forward_.size(), 0);
   }
 
@@ -73,7 +77,8 @@ public:
     backward_.clear();
     for (std::int64_t n = 0; n < spec_.threads; ++n)
       backward_.push_back(std::make_unique<Backward<T, A, V>>(
-          spec_, cotangents_, method_, layers_, begin(n), begin(n + 1), tape_.data()));
+          spec_, cotangents_, method_, layers_, begin(n), begin(n + 1), tape_.data(),
+          written_.data()));
     finished_.assign(backward_.size(), 0);
   }
 
@@ -96,6 +101,7 @@ private:
   const Controller<T> controller_;
   Layers<T> layers_;
   std::vector<Taken *> tape_;
+  std::vector<std::int64_t> written_;
   Cotangents cotangents_{};
   std::vector<std::unique_ptr<Forward<T, A, V>>> forward_; // they own the tape
   std::vector<std::unique_ptr<Backward<T, A, V>>> backward_;
