@@ -205,11 +205,9 @@ for axes in (left, price, right):
 right.spines["right"].set_visible(False)
 
 # %%
-# Into the documentation's pictures, or next to this file where there are none.
+# Next to this file, or where the first argument says.
 
 here = Path(__file__).resolve().parent
-static = here.parent / "docs" / "_static"
-folder = static if static.is_dir() else here
-picture = Path(sys.argv[1]) if len(sys.argv) > 1 else folder / "quickstart.png"
+picture = Path(sys.argv[1]) if len(sys.argv) > 1 else here / "quickstart.png"
 fig.savefig(picture, dpi=110)
 print(f"\n{picture} written; {time.perf_counter() - started:.0f} s in all")

@@ -747,3 +747,12 @@ class TestFailures:
         )  # fmt: skip
         with pytest.raises(SolverError, match="backwards"):
             y[-1].sum().backward()
+
+
+@pytest.mark.parametrize("solver", [odeint, odeint_adjoint])
+@pytest.mark.parametrize("part", [lambda y: -y[:1], lambda y: -y[:, :1]])
+def test_a_derivative_of_another_shape_is_refused(solver, part):
+    field = torch.nn.Module()
+    field.forward = lambda t, y: part(y)
+    with pytest.raises(ValueError, match=r"y's shape, \(4, 2\), got"):
+        solver(field, torch.ones(4, 2), TIMES)

@@ -55,7 +55,7 @@ class Compiled:
         """Return what runs the solve, compiled if need be; or what is in the way."""
         own_layers = getattr(plan.field, "own_layers", None)
         if own_layers is None:  # asking for the protocol takes ten times as long
-            return "the field is not a multilayer perceptron known as data"
+            return "the field is your own, not the perceptron that is made here"
         layers: Layers | None = own_layers(plan.params)
         if layers is None:
             return "params are not the field's own parameters"

@@ -146,7 +146,7 @@ def solve(
     )
     if isinstance(parsed, Borrowed):
         route = _borrowed_route(field, method, parsed, tolerance, params, gradient)
-        found: Fast | str = "the method is not of our own"
+        found: Fast | str = f"{method!r} is not a solver of our own"
     else:
         plan = Plan(field, parsed, tolerance, params)
         found = _fast(plan, y0, times, gradient, wanted) if compile else ""

@@ -7,14 +7,18 @@ from skode._odeint.layout import State
 from skode.exceptions import SolverError
 
 _STIFF = (
-    "The problem is stiff, discontinuous or blows up there: loosen rtol and atol, "
-    "compute in float64, or take an implicit method: method='scipy_solver', "
-    "options={'solver': 'Radau'} (odeint_adjoint has its gradient, where the problem "
-    "can be solved backwards in time as well)."
+    "loosen rtol and atol, compute in float64, or take an implicit method: "
+    "method='scipy_solver', options={'solver': 'Radau'} (odeint_adjoint has its "
+    "gradient, where the problem can be solved backwards in time as well)."
 )
 _REMEDY = {
-    Status.MAX_STEPS: "Raise it with options={'max_num_steps': ...}. Or: " + _STIFF,
-    Status.STEP_UNDERFLOW: _STIFF,
+    Status.MAX_STEPS: (
+        "Raise options={'max_num_steps': ...}. If more steps do not help, the problem may be "
+        "stiff: " + _STIFF
+    ),
+    Status.STEP_UNDERFLOW: (
+        "The problem is stiff, discontinuous or blows up there: " + _STIFF
+    ),
     Status.NON_FINITE: (
         "The state grows without bound, or func returns NaN or infinity there: look "
         "at func, or shorten step_size if the method has one."
@@ -24,8 +28,8 @@ _REMEDY = {
 BACKWARDS = (
     "This happened while odeint_adjoint solved backwards in time, where what contracts "
     "forwards expands: odeint, whose gradient needs no such solve, takes the same "
-    "arguments. Or loosen adjoint_rtol and adjoint_atol, or raise max_num_steps in "
-    "adjoint_options."
+    "arguments (but for SciPy's methods). Or loosen adjoint_rtol and adjoint_atol, or "
+    "raise max_num_steps in adjoint_options."
 )
 
 

@@ -84,10 +84,9 @@ def _like(slope: Any, y: Tensor) -> Tensor:
         return dy
     if [n for n in dy.shape if n != 1] == [n for n in y.shape if n != 1]:
         return dy.reshape(y.shape)
-    try:
+    if dy.ndim == 0:
         return dy.expand_as(y)
-    except RuntimeError:
-        raise ValueError(
-            f"func must return a derivative of y's shape, {tuple(y.shape)}, got "
-            f"{tuple(dy.shape)}."
-        ) from None
+    raise ValueError(
+        f"func must return a derivative of y's shape, {tuple(y.shape)}, got "
+        f"{tuple(dy.shape)}."
+    )

@@ -505,8 +505,8 @@ def own(t, y):
 @pytest.mark.parametrize(
     ("field", "how", "message"),
     [
-        (own, {}, "not a multilayer perceptron"),
-        (None, {"method": "implicit_adams"}, "not of our own"),
+        (own, {}, "the field is your own"),
+        (None, {"method": "implicit_adams"}, "not a solver of our own"),
         (None, {"gradient": "backprop"}, "autograd"),
         (None, {"gradient": "reversible"}, "steps of its own"),
     ],
