@@ -13,8 +13,8 @@ _STIFF = (
 )
 _REMEDY = {
     Status.MAX_STEPS: (
-        "Raise options={'max_num_steps': ...}. If more steps do not help, the problem may be "
-        "stiff: " + _STIFF
+        "Raise options={'max_num_steps': ...}. If more steps do not help, the problem "
+        "may be stiff: " + _STIFF
     ),
     Status.STEP_UNDERFLOW: (
         "The problem is stiff, discontinuous or blows up there: " + _STIFF
