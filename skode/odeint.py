@@ -2,8 +2,8 @@
 
 The state, of any shape or a tuple of tensors, is one row, so that it has one step size,
 as in torchdiffeq. What our engine does not do goes to torchdiffeq itself: its other
-methods, complex states, tolerances and norms of one's own, events, callbacks, and
-options beyond `step_size`, `first_step` and `max_num_steps`. B rows (one, but in the
+methods, fixed steps, complex states, tolerances and norms of one's own, events,
+callbacks, and options beyond `first_step` and `max_num_steps`. B rows (one, but in the
 adjoint's quadrature), T times, N numbers of state.
 """
 
@@ -50,12 +50,11 @@ def odeint(
         state; over each tensor of a tuple, and the largest counts. A tuple of
         tolerances, one for each tensor, goes to torchdiffeq.
     method : str or None, default=None
-        "dopri5" if None; `skode`'s own methods and all of torchdiffeq's.
+        "dopri5" if None; `skode`'s own adaptive methods and all of torchdiffeq's.
     options : mapping or None, default=None
         As torchdiffeq's. Our engine reads `first_step` and `max_num_steps` of adaptive
         methods (the latter counts attempts, for each interval of `t` on average; a
-        million in all if not given) and `step_size` of fixed steps; with any other
-        the solve runs in torchdiffeq.
+        million in all if not given); with any other the solve runs in torchdiffeq.
     event_fn : callable or None, default=None
         As torchdiffeq's, where such a solve runs.
 
@@ -206,13 +205,11 @@ def odeint_adjoint(
             back.method,
             float(back.rtol),
             float(back.atol),
-            step_back.step_size,
             step_back.max_steps,
             step_back.first_step,
             remedy=BACKWARDS,
         ),
         parts=layout.parts,
-        step_size=step.step_size,
         max_steps=step.max_steps,
         first_step=step.first_step,
     )

@@ -36,10 +36,9 @@ class AdjointSolve:
     """How to solve backwards in time, where not as forwards."""
 
     method: str
-    """One of `OWN`."""
+    """One of `OWN`, with adaptive steps."""
     rtol: float
     atol: float
-    step_size: float | None
     max_steps: int
     first_step: float | None
     remedy: str
@@ -256,7 +255,6 @@ def _backwards(plan: Plan, adjoint: AdjointSolve) -> Plan:
         plan.tolerance,
         rtol=adjoint.rtol,
         atol=adjoint.atol,
-        step_size=adjoint.step_size,
         max_steps=adjoint.max_steps,
         first_step=adjoint.first_step,
     )

@@ -22,7 +22,6 @@ _CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 class Step:
     """The options, in the engine's words."""
 
-    step_size: float | None
     first_step: float | None
     max_steps: int
 
@@ -85,13 +84,16 @@ class Call:
         return None
 
     def require_theirs(self) -> None:
-        """Refuse a method that torchdiffeq lacks, where torchdiffeq must solve.
+        """Refuse what torchdiffeq lacks, or stumbles over, where it must solve.
 
         Raises
         ------
         ValueError
-            If it is ours alone.
+            If the method is ours alone, or the step size no step.
         """
+        size = self._options.get("step_size", 1.0)
+        if _is_number(size) and not size > 0:
+            raise ValueError(f"step_size must be a number > 0, got {size!r}.")
         if self.method in _ONLY_OURS:
             raise ValueError(
                 f"method={self.method!r} is skode's own, and goes with real states, "
@@ -102,23 +104,19 @@ class Call:
 
     def _is_ours(self) -> bool:
         tableau = OWN.get(self.method)
-        if tableau is None or not (_is_number(self.rtol) and _is_number(self.atol)):
+        # Even steps of one state are torchdiffeq's: ours prepare for rows that differ.
+        if tableau is None or not tableau.adaptive:
+            return False
+        if not (_is_number(self.rtol) and _is_number(self.atol)):
             return False
         names = set(self._options)
         if "norm" in names and self._options["norm"] in self._norms:
             names.remove("norm")
-        if tableau.adaptive:
-            return names <= {"first_step", "max_num_steps"}
-        # Without a step size, torchdiffeq's fixed steps end at the requested times.
-        return names == {"step_size"}
+        return names <= {"first_step", "max_num_steps"}
 
     def _step(self, intervals: int) -> Step:
-        size, first, most = (
-            self._options.get(name)
-            for name in ("step_size", "first_step", "max_num_steps")
-        )
+        first, most = map(self._options.get, ("first_step", "max_num_steps"))
         return Step(
-            None if size is None else float(size),
             None if first is None else float(first),
             _MAX_STEPS if most is None else int(most) * intervals,
         )

@@ -78,7 +78,6 @@ class Discrete:
             atol=float(self.call.atol),
             gradient=gradient,
             parts=self.layout.parts,
-            step_size=self.step.step_size,
             max_steps=self.step.max_steps,
             first_step=self.step.first_step,
         )

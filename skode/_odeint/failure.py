@@ -1,5 +1,6 @@
 """Solves that did not reach their end, in the words of torchdiffeq's callers."""
 
+import torch
 from torch import Tensor
 
 from skode._engine.solution import Solution, Status
@@ -43,9 +44,16 @@ def require_success(solution: Solution) -> Tensor:
 
 
 def require_all(ys: State, t: Tensor) -> State:
-    """Return torchdiffeq's states, or raise if SciPy gave up before the last time."""
+    """Return torchdiffeq's states, or raise where it gave up and does not say so.
+
+    SciPy's methods return fewer states then; fixed steps go on with NaN.
+    """
     if isinstance(ys, Tensor) and len(ys) < len(t):
         raise gave_up(Status.STEP_UNDERFLOW, t.tolist()[max(len(ys) - 1, 0)])
+    for part in (ys,) if isinstance(ys, Tensor) else ys:
+        last = part.detach()[-1:]
+        if not bool(torch.isfinite(last).all()):
+            raise gave_up(Status.NON_FINITE)
     return ys
 
 
