@@ -73,7 +73,7 @@ def replayed(
     """Return dL/dy0 (B, D), dL/dtimes (B, T) and those of the parameters.
 
     `grad` (B, T, D) is that of the requested states. Times that repeat the first or the
-    last one are left to `idle_times`.
+    last one are left to `add_idle_times`.
     """
     reverse = _Reverse(plan, tape, requests, grad, timed)
     grad_y0 = reverse.run(grad[:, 0])
@@ -206,12 +206,7 @@ class _Reverse:
         grad_h = (coef.c[:used] * moved).sum(dim=0)
         grad_h += (k[:used] * cotangents).sum(dim=(0, 2)).to(dtype) / or_one(taken.h)
         if inside is not None:
-            rate = inside.rate(coef, k).to(dtype)
-            self.grad_times.index_put_(
-                (inside.rows, inside.index), rate, accumulate=True
-            )
-            grad_t.index_add_(0, inside.position, -rate)
-            grad_h.index_add_(0, inside.position, -rate * inside.theta)
+            inside.add_times(inside.rate(coef, k), self.grad_times, grad_t, grad_h)
         ends = self._requests.times[:, [0, -1]]
         if taken.rows is not None:
             ends = ends[taken.rows]
@@ -300,6 +295,19 @@ class Inside:
         weights = weights * self.h.to(dtype)[:, None]
         added = torch.einsum("es,ed->sed", weights, self.grad)
         return zeros.index_add_(1, self.position, added)
+
+    def add_times(
+        self, rate: Tensor, grads: Tensor, grad_t: Tensor, grad_h: Tensor
+    ) -> None:
+        """Add what moving these times does, given `rate` (E,), in place.
+
+        To their own gradients, in grads (B, T), and to dL/dt and dL/dh (A,) of the
+        step, since theta = (time - t) / h.
+        """
+        rate = rate.to(grads.dtype)
+        grads.index_put_((self.rows, self.index), rate, accumulate=True)
+        grad_t.index_add_(0, self.position, -rate)
+        grad_h.index_add_(0, self.position, -rate * self.theta)
 
     def rate(self, coef: Coefficients, k: Tensor) -> Tensor:
         """Return grad . dy/dt of the dense output, (E,)."""

@@ -13,7 +13,6 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from skode._engine.dense import Requests
 from skode._engine.layers import Layers
 from skode._engine.plan import Plan
 from skode._engine.solution import Statistics
-from skode._engine.tableau import Tableau
+from skode._engine.tableau import coefficients
 
 _MOST_STAGES = 16
 _PATIENCE = 0.2
@@ -218,7 +217,10 @@ def _run(
         for group in (layers.weights, layers.biases, layers.shifts)
     ]
     addresses = [_addresses(group) for group in groups]
-    widths, method = array("q", layers.widths), _method(solve.plan.tableau)
+    widths = array("q", layers.widths)
+    real = torch.float64
+    coef = coefficients(solve.plan.tableau, real, real, y0.device)
+    tables = (coef.a_square, coef.b, coef.b_err, coef.c, coef.dense)
     doubles = _Times.of(times)
     ys = y0.new_empty(rows, times.shape[1], state)
     reached = torch.empty(rows, dtype=torch.float64)
@@ -227,8 +229,11 @@ def _run(
         *map(_address, addresses),
         _address(widths),
         len(layers.weights),
-        *method.addresses,
-        *method.numbers,
+        *(table.data_ptr() if table.numel() else 0 for table in tables),
+        coef.stages,
+        coef.order,
+        len(coef.dense),
+        coef.error_constant,
         tolerance.rtol,
         tolerance.atol,
         tolerance.step_size or 0.0,
@@ -284,29 +289,6 @@ def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
 
 def _address(stored: "array[Any]") -> int:
     return stored.buffer_info()[0]
-
-
-class _Method:
-    """A tableau's coefficients as C arrays."""
-
-    def __init__(self, tableau: Tableau) -> None:
-        n = tableau.stages
-        square = [(*row, *[0.0] * (n - len(row))) for row in tableau.a]
-        tables = (
-            [weight for row in square for weight in row],
-            tableau.b,
-            tableau.b_err,
-            (*tableau.c, 1.0),
-            [row[p] for p in range(len(tableau.dense[0])) for row in tableau.dense],
-        )
-        self.numbers = (n, tableau.order, len(tableau.dense[0]), tableau.error_constant)
-        self._arrays = [array("d", table) for table in tables]
-        self.addresses = [_address(x) if x else 0 for x in self._arrays]
-
-
-@lru_cache(maxsize=64)
-def _method(tableau: Tableau) -> _Method:
-    return _Method(tableau)
 
 
 def _threads(layers: Layers, rows: int, tile: int) -> int:

@@ -92,8 +92,7 @@ class GraphProgram:
             size, ahead = (1, 0) if attempt is once else (_AT_ONCE, 1)
             busy += drive(launcher(attempt), size, most - _WATCHED, ahead)
         y1, stats = lanes.finish(coef.stages)
-        shown = y1.masked_fill((stats.status != 0)[:, None], torch.nan)
-        return requests.fill(y0, shown, lanes.inside), stats, chunks[:busy]
+        return requests.fill(y0, stats.shown(y1), lanes.inside), stats, chunks[:busy]
 
 
 def recorded(attempt: Callable[[], None], device: torch.device) -> Callable[[], None]:

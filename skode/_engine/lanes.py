@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skode._engine.dense import Events, Requests
-from skode._engine.solution import Statistics, Status
+from skode._engine.solution import Statistics, Status, finite_rows
 from skode._engine.tape import Taken, Tape
 
 
@@ -53,7 +53,7 @@ class Lanes:
         """Return the last states (B, D) and what became of every row."""
         attempts, rejected, status = self.counts[:3].to(torch.int64)
         status = torch.where(self.clock[2] > 0, int(Status.MAX_STEPS), status)
-        lost = ((self.y * 0).sum(dim=1) != 0) & (status == Status.SUCCESS)
+        lost = ~finite_rows(self.y) & (status == Status.SUCCESS)
         status = status.masked_fill(lost, Status.NON_FINITE).to(torch.int8)
         accepted, nfe = attempts - rejected, attempts * stages + 2
         t = self.clock[0].clone()

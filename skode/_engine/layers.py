@@ -4,29 +4,13 @@ B rows, D state; layer l computes W_l x + b_l + t u_l, and is followed by an act
 unless it is the last.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
-def _silu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
-
-
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "softplus": _softplus,
-    "silu": _silu,
-    "relu": torch.relu,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +69,6 @@ class Layers:
             part.view(param.shape)
             for part, param in zip(parts, self.params, strict=True)
         )
-
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """Return dy/dt (B, D) at times (B,) and states (B, D), in plain PyTorch."""
-        layers = list(zip(self.weights, self.biases, self.shifts, strict=True))
-        for i, (weight, bias, shift) in enumerate(layers):
-            y = torch.addmm(bias, y, weight.T) + t[:, None] * shift
-            if i + 1 < len(layers):
-                y = _PLAIN[self.activation](y)
-        return y
 
 
 @runtime_checkable

@@ -12,12 +12,16 @@ from torch import Tensor
 from skode._engine.control import Controller, ErrorNorm
 from skode._engine.kernel import Evaluator
 from skode._engine.observer import Observer, Step
-from skode._engine.solution import Statistics, Status, Tolerance
-from skode._engine.step import Workspace, end_of_step, fill_stages, stage_times
+from skode._engine.solution import Statistics, Status, Tolerance, finite_rows
+from skode._engine.step import (
+    Workspace,
+    end_of_step,
+    even_steps,
+    fill_stages,
+    stage_times,
+    worth_compacting,
+)
 from skode._engine.tableau import Coefficients
-
-_WORTH_COMPACTING = 512
-"""Numbers of state; fewer cost less to carry along than to sort out."""
 
 
 @dataclass(slots=True)
@@ -97,7 +101,7 @@ class _Arrivals:
     def finish(self, nfe_per_step: int, nfe_start: int) -> tuple[Tensor, Statistics]:
         t, status, attempts, rejected = self._columns
         assert self._y is not None, "finish follows put"
-        lost = ~_finite(self._y) & (status == Status.SUCCESS)
+        lost = ~finite_rows(self._y) & (status == Status.SUCCESS)
         status = status.masked_fill(lost, Status.NON_FINITE)
         nfe = attempts * nfe_per_step + nfe_start
         return self._y, Statistics(status, t, attempts - rejected, rejected, nfe)
@@ -134,7 +138,7 @@ def integrate(
         if alive == 0:
             break
         # Rows that need not move at all are none of a gradient's business.
-        if _pays(walk, alive) or (attempt == 1 and alive < len(t0)):
+        if worth_compacting(walk.y, alive) or (attempt == 1 and alive < len(t0)):
             arrivals.put(walk)
             keep = torch.nonzero(walk.left)[:, 0]
             slope = work.slopes[0].index_select(0, keep)
@@ -148,20 +152,6 @@ def integrate(
         walk.status = walk.status.masked_fill(stuck, Status.MAX_STEPS)
     arrivals.put(walk)
     return arrivals.finish(coef.stages, 1 + nfe)
-
-
-def _finite(y: Tensor) -> Tensor:
-    """Return which rows of y (A, D) are finite; cheaper than `isfinite`."""
-    return (y * 0).sum(dim=1) == 0
-
-
-def _pays(walk: _Walk, alive: int) -> bool:
-    """Return whether to leave ended rows behind; on a GPU they cost nothing."""
-    rows, dim = walk.y.shape
-    ended = rows - alive
-    saved = ended * dim
-    many = 4 * ended >= rows and saved >= _WORTH_COMPACTING
-    return many and walk.y.device.type == "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +224,7 @@ def _give_up(walk: _Walk, refused: Tensor, k: Tensor, y_next: Tensor) -> None:
     ended = refused & (walk.h <= 16 * ulp)
     if not bool(ended.any()):  # host sync, only after a refusal
         return
-    finite = _finite(y_next) & _finite(k.sum(dim=0))
+    finite = finite_rows(y_next) & finite_rows(k.sum(dim=0))
     status = torch.where(finite, int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE))
     walk.status = torch.where(ended, status.to(walk.status.dtype), walk.status)
     # The time stays what it is; only the distance is given up.
@@ -259,9 +249,7 @@ def march(
     step_size = tolerance.step_size
     assert step_size is not None, "checked at the door"
     span = t1 - t0
-    # A quotient that exceeds an integer by rounding alone asks for no further step.
-    whole_steps = span.abs() / step_size * (1 - 4 * torch.finfo(t0.dtype).eps)
-    whole_steps = torch.ceil(whole_steps).clamp_(min=1).masked_fill_(span == 0, 0)
+    whole_steps = even_steps(span, step_size).masked_fill_(span == 0, 0)
     idle = whole_steps == 0
     if bool(idle.any()):  # host sync, once per solve
         return _march_some(kernel, coef, y, t0, t1, tolerance, observers, ~idle)
@@ -292,7 +280,7 @@ def march(
         t = t_next
         y = y_next if moved is None else torch.where(moved[:, None], y_next, y)
         work.slopes[0].copy_(work.slopes[-1])
-        finite = finite & _finite(y)
+        finite = finite & finite_rows(y)
         reached = reached + (finite if moved is None else finite & moved)
     status = torch.zeros_like(steps, dtype=torch.int8)
     status = status.masked_fill(steps > tolerance.max_steps, Status.MAX_STEPS)
@@ -316,7 +304,7 @@ def _march_some(
 ) -> tuple[Tensor, Statistics]:
     """March the rows that have a way to go; the others stay where they are."""
     none = torch.zeros_like(t0, dtype=torch.int64)
-    status = torch.where(_finite(y), int(Status.SUCCESS), int(Status.NON_FINITE))
+    status = torch.where(finite_rows(y), int(Status.SUCCESS), int(Status.NON_FINITE))
     stats = Statistics(
         status.to(torch.int8), t1.clone(), none, none.clone(), none.clone()
     )

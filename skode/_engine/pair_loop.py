@@ -15,12 +15,10 @@ from skode._engine.dense import DenseOutput, Events
 from skode._engine.kernel import Evaluator
 from skode._engine.observer import Step
 from skode._engine.pair import PairStep
-from skode._engine.solution import Statistics, Status, Tolerance
+from skode._engine.solution import Statistics, Status, Tolerance, finite_rows
+from skode._engine.step import even_steps, worth_compacting
 from skode._engine.tableau import Coefficients
 from skode._engine.trail import COARSE, ChosenTrail, EvenTrail, Spans, Stride, Trail
-
-_WORTH_COMPACTING = 512
-"""Numbers of state; fewer cost less to carry along than to sort out."""
 
 _FARTHEST = 100.0
 """Of the two states of a pair from each other, in units of the tolerance. Where the
@@ -55,22 +53,20 @@ def march_pair(
     """
     assert tolerance.step_size is not None, "checked at the door"
     spans = Spans.of(t0, t1)
-    # A quotient that exceeds an integer by rounding alone asks for no further step.
-    quotient = spans.length.abs() / tolerance.step_size
-    whole = torch.ceil(quotient * (1 - 4 * torch.finfo(t0.dtype).eps)).clamp_(min=1)
+    whole = even_steps(spans.length, tolerance.step_size)
     # More steps than are allowed are as good as one more.
     steps = whole.clamp(max=tolerance.max_steps + 1.0).to(torch.int64)
     taken = steps.clamp(max=tolerance.max_steps)
     trail = EvenTrail(spans, whole, torch.zeros_like(steps))
     y = z = spans.part(y0)
     pair = PairStep(kernel, coef, y)
-    finite = _finite(y)
+    finite = finite_rows(y)
     most = int(taken.max()) if len(taken) else 0  # host sync, once per solve
     for n in range(most):
         moved = finite & (n < taken)
         stride = trail.stride(n, moved)
         y1, z1 = pair.step(stride.t, stride.t1, stride.h, stride.share, y, z)
-        moved &= _finite(y1) & _finite(z1)
+        moved &= finite_rows(y1) & finite_rows(z1)
         if dense is not None:
             events = _write(dense, pair, replace(stride, moved=moved), y, z)
             if events is not None:
@@ -186,7 +182,7 @@ def integrate_pair(
     for attempt in range(1, tolerance.max_steps + 1):
         if alive == 0:
             break
-        if _pays(walk, alive):
+        if worth_compacting(walk.y, alive):
             arrivals.put(walk)
             walk = walk.take(torch.nonzero(walk.left)[:, 0])
             pair.resize(len(walk.left))
@@ -274,17 +270,9 @@ def _give_up(walk: _Walk, refused: Tensor, k: Tensor, y1: Tensor, z1: Tensor) ->
     ended = refused & (walk.share <= 16 * ulp) & (walk.left > 0)
     if not bool(ended.any()):  # host sync, only after a refusal
         return
-    finite = _finite(y1) & _finite(z1) & _finite(k.sum(dim=0))
+    finite = finite_rows(y1) & finite_rows(z1) & finite_rows(k.sum(dim=0))
     status = torch.where(finite, int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE))
     walk.fail(ended, status)
-
-
-def _pays(walk: _Walk, alive: int) -> bool:
-    """Return whether to leave ended rows behind; on a GPU they cost nothing."""
-    rows, dim = walk.y.shape
-    ended = rows - alive
-    many = 4 * ended >= rows and ended * dim >= _WORTH_COMPACTING
-    return many and walk.y.device.type == "cpu"
 
 
 class _Arrivals:
@@ -317,7 +305,7 @@ class _Arrivals:
         self._trail.left = spans.put(self._trail.left, walk.given_up)
         t = torch.addcmul(spans.t1, spans.length, walk.given_up, value=-1.0)
         t = torch.where(walk.given_up == 1.0, spans.t0, t)
-        lost = ~_finite(walk.y) & (walk.status == Status.SUCCESS)
+        lost = ~finite_rows(walk.y) & (walk.status == Status.SUCCESS)
         status = walk.status.masked_fill(lost, Status.NON_FINITE)
         nfe = walk.attempts * nfe_per_attempt + nfe_start
         accepted = walk.attempts - walk.rejected
@@ -338,7 +326,7 @@ def _finish(
     if spans.rows is None:
         return Walked(y, z, part, trail)
     none = torch.zeros_like(t1, dtype=torch.int64)
-    status = torch.where(_finite(y0), int(Status.SUCCESS), int(Status.NON_FINITE))
+    status = torch.where(finite_rows(y0), int(Status.SUCCESS), int(Status.NON_FINITE))
     idle = (status.to(torch.int8), t1, none, none, none)
     columns = zip(idle, part.columns(), strict=True)
     stats = Statistics(*(spans.put(whole, some) for whole, some in columns))
@@ -352,8 +340,3 @@ def _parted(y0: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """
     size = torch.stack([x.abs().amax(dim=1) for x in (y0, y, z)]).amax(dim=0)
     return (y - z).abs().amax(dim=1) > size
-
-
-def _finite(y: Tensor) -> Tensor:
-    """Return which rows of y (A, D) are finite; cheaper than `isfinite`."""
-    return (y * 0).sum(dim=1) == 0

@@ -53,7 +53,7 @@ class Plan:
 
     def forward(self, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistics]:
         """Solve without autograd; return states at all times (B, T, D)."""
-        requests, dense = self._dense(y0, times)
+        requests, dense = self.requests(y0, times)
         observers = () if dense is None else (dense,)
         ys, stats, _ = self._solve(
             self.untrained_kernel(), y0, requests, dense, observers
@@ -64,7 +64,7 @@ class Plan:
         self, y0: Tensor, times: Tensor
     ) -> tuple[Tensor, Statistics, Requests, Tape]:
         """Solve without autograd, and record the steps."""
-        requests, dense = self._dense(y0, times)
+        requests, dense = self.requests(y0, times)
         kernel = self.untrained_kernel()
         recorder = Recorder(dense, kernel.bounded)
         observers: list[Observer] = [recorder]
@@ -73,7 +73,10 @@ class Plan:
         ys, stats, y1 = self._solve(kernel, y0, requests, dense, observers)
         return ys, stats, requests, recorder.tape(stats.status, y1)
 
-    def _dense(self, y0: Tensor, times: Tensor) -> tuple[Requests, DenseOutput | None]:
+    def requests(
+        self, y0: Tensor, times: Tensor
+    ) -> tuple[Requests, DenseOutput | None]:
+        """Return what is requested, and what writes the times inside, if any are."""
         requests = Requests(times)
         if not requests.any_inside:
             return requests, None
@@ -90,6 +93,6 @@ class Plan:
         """Return states at all times, statistics, and the last state reached."""
         times = requests.times
         y1, stats = self.run(kernel, y0, times[:, 0], times[:, -1], observers)
-        shown = y1.masked_fill((stats.status != 0)[:, None], float("nan"))
-        ys = requests.fill(y0, shown, None if dense is None else dense.ys)
+        inside = None if dense is None else dense.ys
+        ys = requests.fill(y0, stats.shown(y1), inside)
         return ys, stats, y1

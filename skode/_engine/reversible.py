@@ -34,7 +34,7 @@ from skode._engine.checkpoint import (
     require_first_order,
 )
 from skode._engine.control import PIController
-from skode._engine.dense import DenseOutput, Requests
+from skode._engine.dense import Requests
 from skode._engine.kernel import Kernel
 from skode._engine.pair import coupling, parting_rate
 from skode._engine.pair_loop import Walked, integrate_pair, march_pair
@@ -87,8 +87,8 @@ def reversible(plan: Plan, y0: Tensor, times: Tensor) -> tuple[Tensor, Statistic
 
 def walk(plan: Plan, y0: Tensor, times: Tensor) -> tuple[Tensor, Walked]:
     """Solve without autograd; return the states at all times (B, T, D), and the way."""
-    requests, coef = Requests(times), plan.coefficients(y0, times)
-    dense = DenseOutput(requests, y0, coef) if requests.any_inside else None
+    requests, dense = plan.requests(y0, times)
+    coef = plan.coefficients(y0, times)
     kernel, tolerance = plan.untrained_kernel(), plan.tolerance
     ends = times[:, 0], times[:, -1]
     if plan.tableau.adaptive:
@@ -96,8 +96,8 @@ def walk(plan: Plan, y0: Tensor, times: Tensor) -> tuple[Tensor, Walked]:
         walked = integrate_pair(kernel, coef, control, y0, *ends, tolerance, dense)
     else:
         walked = march_pair(kernel, coef, y0, *ends, tolerance, dense)
-    shown = walked.y.masked_fill((walked.stats.status != 0)[:, None], float("nan"))
-    return requests.fill(y0, shown, None if dense is None else dense.ys), walked
+    inside = None if dense is None else dense.ys
+    return requests.fill(y0, walked.stats.shown(walked.y), inside), walked
 
 
 def _refuse_lost(requests: Requests, grad: Tensor, lost: Tensor) -> None:
@@ -207,11 +207,8 @@ class _Reverse:
                 assert end is not None, "kept above"
                 k = torch.cat((half.k, end[None]))
                 k -= parting_rate(h, share, y - z)
-                rate = inside.rate(coef, k).to(grad_t.dtype)
-                at = inside.rows, inside.index
-                self._grad_t.index_put_(at, rate, accumulate=True)
-                grad_t.index_add_(0, inside.position, -rate)
-                grad_h.index_add_(0, inside.position, -rate * inside.theta)
+                rate = inside.rate(coef, k)
+                inside.add_times(rate, self._grad_t, grad_t, grad_h)
             add_ends(self._grad_t, stride.rows, stride.left, share, grad_t, grad_h)
 
     def _requested(self, inside: Inside, rest: Tensor, u: Tensor, w: Tensor) -> None:

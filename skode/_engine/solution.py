@@ -95,6 +95,15 @@ class Statistics:
         """Return all of them, as the constructor takes them."""
         return self.status, self.t, self.n_accepted, self.n_rejected, self.nfe
 
+    def shown(self, y1: Tensor) -> Tensor:
+        """Return the last states (B, D), NaN in rows that failed."""
+        return y1.masked_fill((self.status != Status.SUCCESS)[:, None], float("nan"))
+
+
+def finite_rows(y: Tensor) -> Tensor:
+    """Return which rows of y (A, D) are finite; cheaper than `isfinite`."""
+    return (y * 0).sum(dim=1) == 0
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:

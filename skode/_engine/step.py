@@ -12,6 +12,27 @@ from torch import Tensor
 from skode._engine.kernel import Evaluator, Field, Kernel, checked
 from skode._engine.tableau import Coefficients
 
+_WORTH_COMPACTING = 512
+"""Numbers of state; fewer cost less to carry along than to sort out."""
+
+
+def worth_compacting(y: Tensor, alive: int) -> bool:
+    """Return whether to leave behind the rows of y (A, D) that are no longer alive.
+
+    On a GPU they cost nothing.
+    """
+    rows, dim = y.shape
+    ended = rows - alive
+    many = 4 * ended >= rows and ended * dim >= _WORTH_COMPACTING
+    return many and y.device.type == "cpu"
+
+
+def even_steps(span: Tensor, step_size: float) -> Tensor:
+    """Return into how many steps, at least one, to divide spans (A,) evenly."""
+    # A quotient that exceeds an integer by rounding alone asks for no further step.
+    quotient = span.abs() / step_size * (1 - 4 * torch.finfo(span.dtype).eps)
+    return torch.ceil(quotient).clamp_(min=1)
+
 
 class Workspace:
     """Memory for the stages of up to B rows, viewed for the first A of them."""

@@ -121,7 +121,7 @@ CASES = {
 def size(request, monkeypatch):
     """Treat a few rows as the few they are, or as if they were thousands."""
     if request.param == "large":
-        monkeypatch.setattr("skode._engine.loop._WORTH_COMPACTING", 0)
+        monkeypatch.setattr("skode._engine.step._WORTH_COMPACTING", 0)
         monkeypatch.setattr("skode._engine.tape._WORTH_GATHERING", 0)
         monkeypatch.setattr("skode._engine.tape._MOST_AT_ONCE", 0)
 

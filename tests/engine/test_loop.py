@@ -215,7 +215,7 @@ def test_an_accepted_end_that_is_not_finite_is_no_success():
 
 
 def test_every_row_has_its_own_step_acceptance_and_memory(monkeypatch):
-    monkeypatch.setattr("skode._engine.loop._WORTH_COMPACTING", 0)
+    monkeypatch.setattr("skode._engine.step._WORTH_COMPACTING", 0)
     record = Record()
     controller = Halving(0.3)
     ends = [0.25, 1.0, 0.0, 2.0, -0.5, 4.0]
@@ -234,7 +234,7 @@ def test_every_row_has_its_own_step_acceptance_and_memory(monkeypatch):
 
 @pytest.mark.parametrize("worth", [0, 1000], ids=["compacted", "carried along"])
 def test_observers_can_put_the_rows_together_again(worth, monkeypatch):
-    monkeypatch.setattr("skode._engine.loop._WORTH_COMPACTING", worth)
+    monkeypatch.setattr("skode._engine.step._WORTH_COMPACTING", worth)
     record = Record()
     ends = torch.tensor([0.25, 1.0, 0.0, 2.0, -0.5, 4.0], dtype=torch.float64)
     y, stats = walk(

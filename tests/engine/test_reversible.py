@@ -157,7 +157,7 @@ def assert_same(ours, plain, bound):
 def size(request, monkeypatch):
     """Treat a few rows as the few they are, or as if they were thousands."""
     if request.param == "large":
-        monkeypatch.setattr("skode._engine.pair_loop._WORTH_COMPACTING", 0)
+        monkeypatch.setattr("skode._engine.step._WORTH_COMPACTING", 0)
         monkeypatch.setattr("skode._engine.reversible._WORTH_GATHERING", 0)
         monkeypatch.setattr("skode._engine.trail._CHUNK", 3)
 

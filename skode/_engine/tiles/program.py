@@ -92,5 +92,4 @@ class TileProgram:
         self, lanes: Lanes, requests: Requests, y0: Tensor
     ) -> tuple[Tensor, Statistics]:
         y1, stats = lanes.finish(self.plan.tableau.stages)
-        shown = y1.masked_fill((stats.status != 0)[:, None], torch.nan)
-        return requests.fill(y0, shown, lanes.inside), stats
+        return requests.fill(y0, stats.shown(y1), lanes.inside), stats
