@@ -1,9 +1,11 @@
 // The doors: one solve, its gradient, its end. Compiled where it runs, for one type
-// (SKODE_REAL) and one activation (SKODE_ACTIVATION); see build.py.
+// (SKODE_REAL), one activation (SKODE_ACTIVATION) and one kind of field (SKODE_FIELD:
+// Perceptron or Flow); see build.py.
 //
 // Rows are shared out among threads in even ranges. A call works for some seconds and
 // comes back, done or not, so that whoever waits can be interrupted.
 #include "backward.hpp"
+#include "flow.hpp"
 #include "forward.hpp"
 #include "spec.hpp"
 
@@ -53,19 +55,16 @@ int share(std::vector<std::unique_ptr<Worker>> &workers, std::vector<char> &fini
   return DONE;
 }
 
-template <class T, Activation A, int V> class Solve {
+template <class Field> class Solve {
+  using T = typename Field::T;
+
 public:
   explicit Solve(const Spec &spec)
-      : spec_(spec), method_(spec), controller_(spec),
+      : spec_(spec), method_(spec), controller_(spec), network_(spec),
         tape_(spec.record ? spec.rows : 0, nullptr), written_(tape_.size(), 0) {
-    for (std::int64_t l = 0; l < spec.depth; ++l)
-      layers_.emplace_back(int(spec.widths[l]), int(spec.widths[l + 1]),
-                           static_cast<const T *>(spec.weights[l]),
-                           static_cast<const T *>(spec.biases[l]),
-                           static_cast<const T *>(spec.shifts[l]));
     for (std::int64_t n = 0; n < spec.threads; ++n)
-      forward_.push_back(std::make_unique<Forward<T, A, V>>(
-          spec_, method_, controller_, layers_, begin(n), begin(n + 1), tape_.data(),
+      forward_.push_back(std::make_unique<Forward<Field>>(
+          spec_, method_, controller_, network_, begin(n), begin(n + 1), tape_.data(),
           written_.data()));
     finished_.assign(forward_.size(), 0);
   }
@@ -76,8 +75,8 @@ public:
     cotangents_ = cotangents;
     backward_.clear();
     for (std::int64_t n = 0; n < spec_.threads; ++n)
-      backward_.push_back(std::make_unique<Backward<T, A, V>>(
-          spec_, cotangents_, method_, layers_, begin(n), begin(n + 1), tape_.data(),
+      backward_.push_back(std::make_unique<Backward<Field>>(
+          spec_, cotangents_, method_, network_, begin(n), begin(n + 1), tape_.data(),
           written_.data()));
     finished_.assign(backward_.size(), 0);
   }
@@ -86,10 +85,7 @@ public:
     const int progress = share(backward_, finished_, seconds);
     if (progress == DONE && cotangents_.weights != nullptr)
       for (const auto &worker : backward_)
-        for (std::size_t l = 0; l < layers_.size(); ++l)
-          worker->field().gradients(int(l), static_cast<T *>(cotangents_.weights[l]),
-                                    static_cast<T *>(cotangents_.biases[l]),
-                                    static_cast<T *>(cotangents_.shifts[l]));
+        worker->field().gradients(cotangents_);
     if (progress == DONE)
       backward_.clear();
     return progress;
@@ -99,12 +95,12 @@ private:
   const Spec spec_;
   const Method<T> method_;
   const Controller<T> controller_;
-  Layers<T> layers_;
+  const Network<T> network_;
   std::vector<Taken *> tape_;
   std::vector<std::int64_t> written_;
   Cotangents cotangents_{};
-  std::vector<std::unique_ptr<Forward<T, A, V>>> forward_; // they own the tape
-  std::vector<std::unique_ptr<Backward<T, A, V>>> backward_;
+  std::vector<std::unique_ptr<Forward<Field>>> forward_; // they own the tape
+  std::vector<std::unique_ptr<Backward<Field>>> backward_;
   std::vector<char> finished_;
 
   std::int64_t begin(std::int64_t n) const { return n * spec_.rows / spec_.threads; }
@@ -112,7 +108,8 @@ private:
 
 } // namespace skode
 
-using Compiled = skode::Solve<SKODE_REAL, skode::SKODE_ACTIVATION, 2>;
+using Compiled =
+    skode::Solve<skode::SKODE_FIELD<SKODE_REAL, skode::SKODE_ACTIVATION, 2>>;
 
 extern "C" {
 

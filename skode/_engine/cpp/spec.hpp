@@ -11,6 +11,9 @@ struct Spec {
   const void *const *weights, *const *biases, *const *shifts;
   const std::int64_t *widths;
   std::int64_t depth;
+  // A flow's: M (outputs, inputs) of its trace, and whether it has an energy; else 0.
+  const void *trace;
+  std::int64_t trace_outputs, trace_inputs, energy;
   // The method; a (S, S), b (S), b_err (S + 1) or null, c (S + 1), dense (P, S + 1).
   const double *a, *b, *b_err, *c, *dense;
   std::int64_t stages, order, powers;
@@ -36,6 +39,7 @@ struct Cotangents {
   const double *t;     // as in Spec
   std::int64_t time_stride_row, time_stride;
   void *const *weights, *const *biases, *const *shifts; // or null
+  void *trace;                                          // or null
 };
 
 } // namespace skode
