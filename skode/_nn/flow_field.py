@@ -2,10 +2,10 @@
 
 A rows, D state, C context, H hidden, P probes, n slots of a kernel. The engine's state
 is s = (y, c, l, e): y moves by f, the context c stands still, l gathers the trace of
-df/dy, as many columns as there are probes, and e the kinetic energy |f|^2, if asked for.
+df/dy, in as many columns as there are probes, and e the kinetic energy |f|^2.
 
-`FlowField` is the perceptron; `Dynamics` is what the engine solves. For up to two hidden
-layers, dynamics with an exact trace differentiate themselves, in preallocated memory.
+`FlowField` is the perceptron; `Dynamics` is what the engine solves. Those with an exact
+trace and one or two hidden layers differentiate themselves, in preallocated memory.
 """
 
 import math
