@@ -1,0 +1,79 @@
+"""The trace of df/dy of a perceptron. A rows, D state, H hidden, P tangents.
+
+With slopes d_l of the hidden layers, df/dy = W_L diag(d_{L-1}) ... diag(d_1) W_1. For one
+hidden layer its trace is d_1 . diag(W_1 W_2), and for two it is d_2^T M d_1 with M = W_2 o
+(W_1 W_3)^T: a matrix that is formed once for all rows, so that the exact trace costs one
+more layer, whatever D is. Deeper perceptrons push tangents through: those of all axes
+give the exact trace in D passes at once (forward mode), a few random ones an estimate
+(Hutchinson 1989, doi:10.1080/03610918908812806).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CLOSED_FORM = (0, 1, 2)
+"""Numbers of hidden layers with a trace in closed form."""
+
+
+def closed_form(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """Return the trace (A,), or () if no row differs from another.
+
+    Parameters
+    ----------
+    weights : sequence of Tensor
+        Two or three matrices (out, in), or one (D, D) of a linear field; the first may
+        have more inputs than D, which the field does not move.
+    slopes : sequence of Tensor of shape (A, H)
+        Of the hidden layers.
+    """
+    dim = weights[-1].shape[0]
+    first, last = weights[0][:, :dim], weights[-1]
+    if not slopes:
+        return torch.trace(first)
+    if len(slopes) == 1:
+        return slopes[0] @ pair_weights(first, last)
+    return ((slopes[0] @ triple_weights(first, weights[1], last).T) * slopes[1]).sum(1)
+
+
+def pair_weights(first: Tensor, last: Tensor) -> Tensor:
+    """Return diag(W_1 W_2), (H,), of W_1 (H, D) and W_2 (D, H)."""
+    return (first * last.T).sum(dim=1)
+
+
+def triple_weights(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
+    """Return W_2 o (W_1 W_3)^T, (H_2, H_1)."""
+    return middle * (first @ last).T
+
+
+def along(
+    weights: Sequence[Tensor], slopes: Sequence[Tensor], tangents: Tensor
+) -> Tensor:
+    """Return v . df/dy v of every tangent v, (A, P).
+
+    Parameters
+    ----------
+    weights, slopes
+        As for `closed_form`, of any number.
+    tangents : Tensor of shape (P, D)
+        The same for all rows.
+    """
+    dim = weights[-1].shape[0]
+    moved = tangents @ weights[0][:, :dim].T  # (P, H), and (A, P, H) from here on
+    for slope, weight in zip(slopes, weights[1:], strict=True):
+        moved = (slope[:, None] * moved) @ weight.T
+    return (moved * tangents).sum(dim=-1)
+
+
+def axes(dim: int, like: Tensor) -> Tensor:
+    """Return the tangents whose sum of `along` is the exact trace."""
+    return torch.eye(dim, dtype=like.dtype, device=like.device)
+
+
+def rademacher(
+    probes: int, dim: int, generator: torch.Generator, like: Tensor
+) -> Tensor:
+    """Return tangents of random signs, (P, D): `along` them estimates the trace."""
+    signs = torch.randint(0, 2, (probes, dim), generator=generator)
+    return (2 * signs - 1).to(like)
