@@ -48,20 +48,21 @@ class BuildError(RuntimeError):
     """The library could not be compiled or loaded; the message says why."""
 
 
-def library(real: str, activation: str) -> ctypes.CDLL:
-    """Return the compiled engine for one type and one activation.
+def library(real: str, activation: str, field: str = "Perceptron") -> ctypes.CDLL:
+    """Return the compiled engine for one type, one activation and one kind of field.
 
     Parameters
     ----------
     real : {"float", "double"}
     activation : {"tanh", "softplus", "silu", "relu"}
+    field : {"Perceptron", "Flow"}
 
     Raises
     ------
     BuildError
         If there is no compiler, or if it fails; asked again, it fails again at once.
     """
-    outcome = _outcome(real, activation)
+    outcome = _outcome(real, activation, field)
     if isinstance(outcome, str):
         # A new error each time: one that is raised again keeps all that it met.
         raise BuildError(outcome)
@@ -69,9 +70,9 @@ def library(real: str, activation: str) -> ctypes.CDLL:
 
 
 @cache
-def _outcome(real: str, activation: str) -> ctypes.CDLL | str:
+def _outcome(real: str, activation: str, field: str) -> ctypes.CDLL | str:
     try:
-        return _built(real, activation)
+        return _built(real, activation, field)
     except BuildError as error:
         return str(error)
     except (OSError, subprocess.SubprocessError) as error:
@@ -116,11 +117,16 @@ def cache_directory() -> Path | None:
     return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
-def _built(real: str, activation: str) -> ctypes.CDLL:
+def _built(real: str, activation: str, field: str) -> ctypes.CDLL:
     """Return the library, compiled if it is not on disk or not as it was written."""
     tool = compiler()
-    options = [f"-DSKODE_REAL={real}", f"-DSKODE_ACTIVATION={activation.upper()}"]
-    name = f"engine-{real}-{activation}-{_fingerprint(tool, options)}.so"
+    options = [
+        f"-DSKODE_REAL={real}",
+        f"-DSKODE_ACTIVATION={activation.upper()}",
+        f"-DSKODE_FIELD={field}",
+    ]
+    kind = f"{field.lower()}-{real}-{activation}"
+    name = f"engine-{kind}-{_fingerprint(tool, options)}.so"
     directory = cache_directory()
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="skode-") as alone:

@@ -37,8 +37,8 @@ _REAL = {torch.float32: "float", torch.float64: "double"}
 _OUT_OF_MEMORY = 2
 
 # The structures of `cpp/spec.hpp`, member by member.
-_SPEC = struct.Struct("4P q 5P 3q 5d q 3q 2q 8P 2q")
-_COTANGENTS = struct.Struct("4P 2q 3P")
+_SPEC = struct.Struct("4P q P 3q 5P 3q 5d q 3q 2q 8P 2q")
+_COTANGENTS = struct.Struct("4P 2q 4P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,9 @@ class Compiled:
         if plan.tableau.stages > _MOST_STAGES:
             return f"{plan.tableau.name} has more than {_MOST_STAGES} stages"
         try:
-            return cls(plan, layers, library(_REAL[y0.dtype], layers.activation))
+            kind = "Perceptron" if layers.quadratures is None else "Flow"
+            made = library(_REAL[y0.dtype], layers.activation, kind)
+            return cls(plan, layers, made)
         except BuildError as error:
             return str(error)
 
@@ -81,7 +83,10 @@ class Compiled:
         with torch.no_grad():
             program, ys, stats = _run(self, y0, times, record=True)
         apply: Callable[..., Tensor] = _Replayed.apply
-        return apply(self.plan, program, [ys], y0, times, *self.plan.params), stats
+        plan, flow = self.plan, self.layers.quadratures
+        # Its history leads its gradient to the weights, if they want one.
+        trace = flow.trace if flow is not None and plan.params else None
+        return apply(plan, program, [ys], y0, times, trace, *plan.params), stats
 
 
 class _Replayed(torch.autograd.Function):
@@ -95,6 +100,7 @@ class _Replayed(torch.autograd.Function):
         box: list[Tensor],
         y0: Tensor,
         times: Tensor,
+        trace: Tensor | None,
         *params: Tensor,
     ) -> Tensor:
         # In a box, since what comes in and goes out may not be changed in place.
@@ -110,17 +116,18 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, y0, times, *more = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, None, None, *_second_order(ctx, y0, times, grad)
-        timed, *trained = ctx.needs_input_grad[4:]
+            grad_y0, grad_times, *own = _second_order(ctx, y0, times, grad)
+            return None, None, None, grad_y0, grad_times, None, *own
+        timed, _, *trained = ctx.needs_input_grad[4:]
         with torch.no_grad():
             pulled = ctx.program().backward(grad, timed, any(trained))
-            grad_y0, grad_times, grads = pulled
+            grad_y0, grad_times, grad_trace, grads = pulled
             if grad_times is not None:
                 grad_times = grad_times.to(times.dtype)
                 kernel, requests = ctx.plan.untrained_kernel(), Requests(times)
                 add_idle_times(requests, kernel, grad, y0, more[0], grad_times)
         own = grads or (None,) * len(trained)
-        return None, None, None, grad_y0, grad_times, *own
+        return None, None, None, grad_y0, grad_times, grad_trace, *own
 
 
 def _second_order(
@@ -152,20 +159,24 @@ class _Program:
 
     def __init__(self, solve: Compiled, handle: int, times: "_Times") -> None:
         self._library, self._handle = solve.library, handle
+        flow = solve.layers.quadratures
         self._widths, self._times = solve.layers.widths, times
+        self._trace = None if flow is None else flow.trace.shape
         self._turn = threading.Lock()
 
     def backward(
         self, grad: Tensor, timed: bool, trained: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Pull a cotangent (B, T, D) back to y0, to the times and to the parameters.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+        """Pull a cotangent (B, T, D) back to y0, the times, M and the parameters.
 
-        Those that are not wanted are None, and none.
+        Those that are not wanted are None, and none; so is M where there is none.
         """
         grad = grad.resolve_neg().contiguous()
         grad_y0 = grad.new_empty(grad.shape[0], grad.shape[2])
         grad_t = torch.zeros(grad.shape[:2], dtype=torch.float64) if timed else None
         grads = self._zeros(grad) if trained else ()
+        wanted = self._trace is not None and trained
+        grad_trace = grad.new_zeros(self._trace) if wanted else None
         depth = len(self._widths) - 1
         layers = [_addresses(grads[n * depth : (n + 1) * depth]) for n in range(3)]
         cotangents = _COTANGENTS.pack(
@@ -175,13 +186,14 @@ class _Program:
             self._times.address,
             *self._times.strides,
             *(map(_address, layers) if trained else (0, 0, 0)),
+            0 if grad_trace is None else grad_trace.data_ptr(),
         )
         # Two threads may ask for the gradient of one graph.
         with self._turn:
             if self._library.skode_begin_backward(self._handle, cotangents):
                 raise MemoryError(_NO_MEMORY)
             self.advance(self._library.skode_backward)
-        return grad_y0, grad_t, grads
+        return grad_y0, grad_t, grad_trace, grads
 
     def _zeros(self, like: Tensor) -> tuple[Tensor, ...]:
         """Return memory for the gradients of weights, biases and shifts."""
@@ -218,6 +230,8 @@ def _run(
     ]
     addresses = [_addresses(group) for group in groups]
     widths = array("q", layers.widths)
+    flow = layers.quadratures
+    trace = y0.new_empty(0, 0) if flow is None else flow.trace.detach().contiguous()
     real = torch.float64
     coef = coefficients(solve.plan.tableau, real, real, y0.device)
     tables = (coef.a_square, coef.b, coef.b_err, coef.c, coef.dense)
@@ -229,6 +243,9 @@ def _run(
         *map(_address, addresses),
         _address(widths),
         len(layers.weights),
+        trace.data_ptr(),
+        *trace.shape,
+        flow is not None and flow.energy,
         *(table.data_ptr() if table.numel() else 0 for table in tables),
         coef.stages,
         coef.order,
@@ -294,5 +311,7 @@ def _address(stored: "array[Any]") -> int:
 def _threads(layers: Layers, rows: int, tile: int) -> int:
     """Return how many threads pay: no more than tiles, and than PyTorch would take."""
     work = rows * sum(weight.numel() for weight in layers.weights)
+    if layers.quadratures is not None:
+        work += rows * layers.quadratures.trace.numel()
     most = min(torch.get_num_threads(), -(-rows // tile), work // _WORTH_A_THREAD)
     return max(1, most)

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skode._engine.layers import Layers, Quadratures
 from skode._nn.divergence import (
     CLOSED_FORM,
     along,
     axes,
     closed_form,
     pair_weights,
+    trace_weights,
     triple_weights,
 )
 
@@ -140,12 +142,25 @@ class Dynamics:
 
     def own_kernel(self, params: Sequence[Tensor]) -> "FlowKernel | None":
         """Return the kernel of an exact trace in closed form, with hidden layers."""
-        mine = self.params
-        if params and [*map(id, params)] != [*map(id, mine)]:
+        if not self._owns(params):
             return None
         if self.probes is not None or len(self.field.weights) not in (2, 3):
             return None
         return FlowKernel(self.field, self.energy, trained=bool(params))
+
+    def own_layers(self, params: Sequence[Tensor]) -> Layers | None:
+        """Return the field as data if its trace is exact and in closed form."""
+        field = self.field
+        if not self._owns(params) or self.probes is not None:
+            return None
+        weights, biases, shifts = map(tuple, (field.weights, field.biases, field.shifts))
+        if len(weights) - 1 not in CLOSED_FORM:
+            return None
+        beside = Quadratures(trace_weights(weights), self.energy)
+        return Layers(weights, biases, shifts, field.activation, beside)
+
+    def _owns(self, params: Sequence[Tensor]) -> bool:
+        return not params or [*map(id, params)] == [*map(id, self.params)]
 
 
 class FlowKernel:

@@ -1,13 +1,14 @@
 // A perceptron with the quadratures of a flow, on a tile of rows.
 //
-// The state is (y, l) or (y, l, e), with y' = f(t, y), l' = tr df/dy and e' = |f|^2:
-// neither l nor e feeds back. With slopes d1 and d2 of two hidden layers,
+// The state is (y, c, l) or (y, c, l, e), with y' = f(t, y, c), c' = 0, l' = tr df/dy and
+// e' = |f|^2: neither l nor e feeds back. With slopes d1 and d2 of two hidden layers,
 //
-//     tr df/dy = d2 . q,  q = M d1,  M = W2 o (W1 W3)^T
+//     tr df/dy = d2 . q,  q = M d1
 //
-// and M is given: layers.py makes it once per solve. With one hidden layer M has one row,
-// and d2 is 1; with none it is one number, and d1 is 1 as well. Given the cotangents v of
-// y', g of l' and w of e', those of what a perceptron computes are
+// where M is made of the weights, once per solve, by whoever has the field. With one
+// hidden layer M has one row, and d2 is 1; with none it is one number, and d1 is 1 as
+// well. Given the cotangents v of y', g of l' and w of e', those of what a perceptron
+// computes are
 //
 //     f:             v + 2 w f
 //     second layer:  as in a perceptron, and g q o s''
@@ -27,7 +28,8 @@ public:
 
   Flow(const Network<T> &network, int slots, int state)
       : network_(network), field_(network, slots, state),
-        dim_(network.layers[0].inputs), now_(made(state)),
+        dim_(network.layers.back().outputs), inputs_(network.layers[0].inputs),
+        now_(made(state)),
         hidden_{tile(below()), tile(above())}, change_(tile(below())),
         trace_(above(), below()),
         by_row_(std::size_t(slots) * V * padded<T>(below())) {
@@ -35,7 +37,7 @@ public:
       slots_.push_back(made(state));
   }
 
-  // f(t, x) and the quadratures' slopes into out.
+  // The slopes of y, c and the quadratures into out.
   void evaluate(const Vec<T> *time, const Vec<T> *x, Vec<T> *out) {
     const auto &layers = network_.layers;
     const std::size_t last = layers.size() - 1;
@@ -71,12 +73,12 @@ public:
     quadratures(kept, out);
   }
 
-  // (cotangent of the slot) . df/dy into the first columns of out; the others stay 0.
+  // (cotangent of the slot) . d slopes / d (y, c) into out, whose other columns stay 0.
   void pull(int slot, Vec<T> *out) {
     auto &kept = slots_[slot];
     const auto &memory = field_.slot(slot);
     const auto &layers = network_.layers;
-    const Vec<T> *given = kept.cotangent.data(), *g = given + dim_ * V, *w = g + V;
+    const Vec<T> *given = kept.cotangent.data(), *g = given + inputs_ * V, *w = g + V;
     for (int i = 0; i < dim_ * V; ++i)
       memory.deltas.back()[i] =
           network_.energy ? given[i] + T(2) * w[i % V] * kept.f[i] : given[i];
@@ -130,7 +132,7 @@ private:
 
   const Network<T> &network_;
   Perceptron<T, A, V> field_;
-  const int dim_;
+  const int dim_, inputs_; // of y; of y and c
   Kept now_; // of an evaluation that is not to be remembered
   std::vector<Kept> slots_;
   Array<Vec<T>> hidden_[2], change_; // change_: cotangent of d1
@@ -153,7 +155,7 @@ private:
     return kept;
   }
 
-  // Their slopes behind f, which is in out already.
+  // The slopes behind f, which is in out already.
   void quadratures(Kept &kept, Vec<T> *out) const {
     const Vec<T> *d2 = kept.slopes[1].data();
     Vec<T> *q = kept.q.data(), trace[V] = {};
@@ -162,10 +164,11 @@ private:
           q[j * V + v] = sum;
           trace[v] += d2[j * V + v] * sum;
         });
-    std::copy(trace, trace + V, out + dim_ * V);
+    std::fill(out + dim_ * V, out + inputs_ * V, Vec<T>{});
+    std::copy(trace, trace + V, out + inputs_ * V);
     if (!network_.energy)
       return;
-    Vec<T> *energy = out + (dim_ + 1) * V;
+    Vec<T> *energy = out + (inputs_ + 1) * V;
     std::fill(energy, energy + V, Vec<T>{});
     for (int i = 0; i < dim_ * V; ++i)
       energy[i % V] += out[i] * out[i];
