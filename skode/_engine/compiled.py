@@ -116,8 +116,8 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, y0, times, *more = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grad_y0, grad_times, *own = _second_order(ctx, y0, times, grad)
-            return None, None, None, grad_y0, grad_times, None, *own
+            by_y0, by_times, *by_params = _second_order(ctx, y0, times, grad)
+            return None, None, None, by_y0, by_times, None, *by_params
         timed, _, *trained = ctx.needs_input_grad[4:]
         with torch.no_grad():
             pulled = ctx.program().backward(grad, timed, any(trained))
@@ -175,8 +175,9 @@ class _Program:
         grad_y0 = grad.new_empty(grad.shape[0], grad.shape[2])
         grad_t = torch.zeros(grad.shape[:2], dtype=torch.float64) if timed else None
         grads = self._zeros(grad) if trained else ()
-        wanted = self._trace is not None and trained
-        grad_trace = grad.new_zeros(self._trace) if wanted else None
+        grad_trace = None
+        if self._trace is not None and trained:
+            grad_trace = grad.new_zeros(self._trace)
         depth = len(self._widths) - 1
         layers = [_addresses(grads[n * depth : (n + 1) * depth]) for n in range(3)]
         cotangents = _COTANGENTS.pack(
@@ -231,7 +232,7 @@ def _run(
     addresses = [_addresses(group) for group in groups]
     widths = array("q", layers.widths)
     flow = layers.quadratures
-    trace = y0.new_empty(0, 0) if flow is None else flow.trace.detach().contiguous()
+    trace = None if flow is None else flow.trace.detach().contiguous()
     real = torch.float64
     coef = coefficients(solve.plan.tableau, real, real, y0.device)
     tables = (coef.a_square, coef.b, coef.b_err, coef.c, coef.dense)
@@ -243,8 +244,7 @@ def _run(
         *map(_address, addresses),
         _address(widths),
         len(layers.weights),
-        trace.data_ptr(),
-        *trace.shape,
+        *((0, 0, 0) if trace is None else (trace.data_ptr(), *trace.shape)),
         flow is not None and flow.energy,
         *(table.data_ptr() if table.numel() else 0 for table in tables),
         coef.stages,

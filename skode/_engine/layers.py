@@ -1,7 +1,7 @@
 """A perceptron that a field gives as data, for kernels that contain it.
 
-B rows, D state, C context, H hidden; layer l computes W_l x + b_l + t u_l, and is followed
-by an activation unless it is the last.
+B rows, D state, C context, H hidden; layer l computes W_l x + b_l + t u_l, and is
+followed by an activation unless it is the last.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,13 @@ class Quadratures:
     """
 
     trace: Tensor
-    """M of tr df/dy = d_2^T M d_1, of the slopes of two hidden layers: (H_2, H_1). With
-    one, d_2 is 1 and M is (1, H_1); with none, d_1 is 1 too and M is (1, 1). Its history
-    leads to the weights."""
+    """M of tr df/dy = d_2^T M d_1, with the slopes of two hidden layers: (H_2, H_1).
+
+    With one, d_2 is 1 and M is (1, H_1); with none, d_1 is 1 too and M is (1, 1). Its
+    history leads its gradient to the weights.
+    """
     energy: bool
+    """Whether there is an e."""
 
 
 @dataclass(frozen=True, slots=True)

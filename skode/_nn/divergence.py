@@ -48,7 +48,7 @@ def triple_weights(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
 
 
 def trace_weights(weights: Sequence[Tensor]) -> Tensor:
-    """Return M of the trace d_2^T M d_1, as `skode._engine.layers.Quadratures` has it."""
+    """Return M of the trace d_2^T M d_1: see `skode._engine.layers.Quadratures`."""
     first, last = weights[0][:, : weights[-1].shape[0]], weights[-1]
     if len(weights) == 1:
         return torch.trace(first)[None, None]

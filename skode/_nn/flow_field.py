@@ -153,9 +153,10 @@ class Dynamics:
         field = self.field
         if not self._owns(params) or self.probes is not None:
             return None
-        weights, biases, shifts = map(tuple, (field.weights, field.biases, field.shifts))
+        weights = tuple(field.weights)
         if len(weights) - 1 not in CLOSED_FORM:
             return None
+        biases, shifts = tuple(field.biases), tuple(field.shifts)
         beside = Quadratures(trace_weights(weights), self.energy)
         return Layers(weights, biases, shifts, field.activation, beside)
 
