@@ -31,12 +31,12 @@ def make_flow(
     dtype=torch.float64,
 ):
     torch.manual_seed(0)
-    field = FlowField(dim, hidden, activation, context).to(dtype)
+    field = FlowField(dim, hidden, activation, context).double()
     with torch.no_grad():
         for param in field.parameters():
             fan_in = param.shape[-1] if param.ndim > 1 else 1
             param.copy_(scale * torch.randn_like(param) / fan_in**0.5)
-    return Dynamics(field, energy)
+    return Dynamics(field.to(dtype), energy)
 
 
 def starts(flow, rows, seed=1, dtype=torch.float64):
