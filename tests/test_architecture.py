@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "skode"
 
 # A room is a module or a package right under `skode`; "skode" itself is the face.
-_FRONT = {"_nn", "_border", "_training", "_series", "exceptions"}
+_FRONT = {"_nn", "_border", "_parameters", "_training", "_series", "exceptions"}
 MAY_IMPORT = {
     "skode": {
         "supervised",
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "_odeint": {"_engine", "exceptions"},
     "_border": {"exceptions"},
     "_series": {"exceptions"},
+    "_parameters": {"_border", "_nn", "_training"},
     "_training": {"exceptions"},
     "_nn": {"_engine", "exceptions"},
     "_engine": {"exceptions"},
@@ -64,11 +65,16 @@ FLOORS = {
         {"call", "failure", "kept"},
         {"layout"},
     ],
-    "_nn": [{"ode_net", "flow", "latent"}, {"divergence"}, {"fields"}],
+    "_nn": [
+        {"flow_training"},
+        {"ode_net", "flow", "latent"},
+        {"flow_field"},
+        {"divergence", "fields", "integration"},
+    ],
 }
 
 # The modules of a room that other rooms may import; all, where it has no line.
-DOORS = {"_engine": {"solve", "solution", "kernel", "layers", "observer"}}
+DOORS = {"_engine": {"solve", "solution", "kernel", "layers", "observer", "grid"}}
 
 _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}
 STRANGERS = {

@@ -47,10 +47,10 @@ def triple_weights(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
     return middle * (first @ last).T
 
 
-def along(
+def pushed(
     weights: Sequence[Tensor], slopes: Sequence[Tensor], tangents: Tensor
 ) -> Tensor:
-    """Return v . df/dy v of every tangent v, (A, P).
+    """Return df/dy v of every tangent v, (A, P, D), or (P, D) if no row differs.
 
     Parameters
     ----------
@@ -63,7 +63,14 @@ def along(
     moved = tangents @ weights[0][:, :dim].T  # (P, H), and (A, P, H) from here on
     for slope, weight in zip(slopes, weights[1:], strict=True):
         moved = (slope[:, None] * moved) @ weight.T
-    return (moved * tangents).sum(dim=-1)
+    return moved
+
+
+def along(
+    weights: Sequence[Tensor], slopes: Sequence[Tensor], tangents: Tensor
+) -> Tensor:
+    """Return v . df/dy v of every tangent v, (A, P), or (P,) if no row differs."""
+    return (pushed(weights, slopes, tangents) * tangents).sum(dim=-1)
 
 
 def axes(dim: int, like: Tensor) -> Tensor:
