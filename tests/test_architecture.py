@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "skode"
 
 # A room is a module or a package right under `skode`; "skode" itself is the face.
-_FRONT = {"_nn", "_border", "_training", "_series", "exceptions"}
+_FRONT = {"_nn", "_border", "_marginals", "_training", "_series", "exceptions"}
 MAY_IMPORT = {
     "skode": {
         "supervised",
@@ -39,6 +39,8 @@ MAY_IMPORT = {
     "odeint": {"_engine", "_odeint", "exceptions"},
     "_odeint": {"_engine", "exceptions"},
     "_border": {"exceptions"},
+    "_marginals": {"_mixture"},
+    "_mixture": set(),
     "_series": {"exceptions"},
     "_training": {"exceptions"},
     "_nn": {"_engine", "exceptions"},
@@ -77,6 +79,8 @@ STRANGERS = {
     "_odeint": _ARRAYS,
     "odeint": _ARRAYS,
     "_training": _ARRAYS,
+    "_marginals": {"torch", "pandas", "sklearn"},
+    "_mixture": {"torch", "pandas", "sklearn"},
     "exceptions": {*_ARRAYS, "torch"},
 }
 
