@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import Literal
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from skode._mixture import Mixture, fit_mixture, moments
 
@@ -48,6 +49,10 @@ _CURVE_PARAMS, _COMPONENT_PARAMS = 2, 3
 # Rows further out, in standard deviations, count as this far out.
 _FARTHEST = 1e100
 _FARTHEST_CURVED = 230.0
+# Jitter, where its mean over draws is needed: midpoints of 16 equal shares of a normal,
+# scaled to its variance.
+_NOISE = ndtri((np.arange(16) + 0.5) / 16)
+_NOISE /= _NOISE.std()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,9 @@ class Axis:
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return u and log du/dx, both (n,)."""
-        v = np.clip((x - self.location) / self.scale, -_FARTHEST, _FARTHEST)
+        with np.errstate(over="ignore"):
+            v = (x - self.location) / self.scale
+        v = np.clip(v, -_FARTHEST, _FARTHEST)
         if not self.curved:
             return v, np.full(len(v), -np.log(self.scale))
         return np.arcsinh(v), -np.log(np.hypot(1.0, v)) - np.log(self.scale)
@@ -108,11 +115,35 @@ class Column:
             return x + self.cell * (rng.random(len(x)) - 0.5)
         if not len(self.atoms):
             return x
+        noise = self.atom_width * rng.standard_normal(len(x))
+        nearest, on_atom = self._nearest_atom(x)
+        return np.where(on_atom, self.atoms[nearest] + noise, x)
+
+    def jittered_moments(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and variance of z over jitter, both (n,)."""
+        if self.cell:
+            values, place = np.unique(x, return_inverse=True)
+            noise = self.cell * (ndtr(_NOISE) - 0.5)
+        elif len(self.atoms):
+            values, noise = self.atoms, self.atom_width * _NOISE
+            place, on_atom = self._nearest_atom(x)
+        else:
+            return self.forward(x)[0], np.zeros(len(x))
+        z = self.forward((values[:, None] + noise).ravel())[0]
+        z = z.reshape(len(values), len(noise))
+        mean, variance = z.mean(axis=1)[place], z.var(axis=1)[place]
+        if self.cell:
+            return mean, variance
+        return np.where(on_atom, mean, self.forward(x)[0]), np.where(
+            on_atom, variance, 0
+        )
+
+    def _nearest_atom(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the place of the nearest atom, and whether x is on it, both (n,)."""
         middles = 0.5 * (self.atoms[1:] + self.atoms[:-1])
-        nearest = self.atoms[np.searchsorted(middles, x)]
-        redrawn = nearest + self.atom_width * rng.standard_normal(len(x))
+        nearest = np.searchsorted(middles, x)
         # Not ==: x may have been rounded to float32 on its way.
-        return np.where(np.abs(x - nearest) <= 0.1 * self.atom_width, redrawn, x)
+        return nearest, np.abs(x - self.atoms[nearest]) <= 0.1 * self.atom_width
 
 
 # ------------------------------------------------------------------ fitting a column
@@ -434,12 +465,16 @@ def fit_preprocessing(
 
     Whitening is symmetric (ZCA), so that scores stay next to their columns. Sample
     eigenvalues are corrected by quadratic-inverse shrinkage [1]_, which leaves them
-    alone if rows are many.
+    alone if rows are many; below two rows for each column by oracle approximating
+    shrinkage [2]_.
 
     References
     ----------
     .. [1] Ledoit and Wolf, "Quadratic shrinkage for large covariance matrices",
        Bernoulli 28(3), 2022. :doi:`10.3150/20-BEJ1315`
+    .. [2] Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance
+       estimation", IEEE Transactions on Signal Processing 58(10), 2010.
+       :doi:`10.1109/TSP.2010.2053029`
     """
     X = np.asarray(X)
     rounding = 10 * float(np.finfo(X.dtype).eps)
@@ -461,7 +496,7 @@ def fit_preprocessing(
             "A narrow normal stands in for it. Leave such columns out of X."
         )
     if standardize:
-        return _whitened(columns, _scores(columns, X)[0], weight, constant)
+        return _whitened(columns, X, weight)
     return _unwhitened(
         tuple(
             replace(column, axis=Axis(0.0, 1.0)) if column.affine else column
@@ -510,22 +545,21 @@ def _unwhitened(columns: tuple[Column, ...] | None, n_columns: int) -> Preproces
 
 
 def _whitened(
-    columns: tuple[Column, ...],
-    scores: np.ndarray,
-    weight: np.ndarray,
-    constant: list[int],
+    columns: tuple[Column, ...], X: np.ndarray, weight: np.ndarray
 ) -> Preprocessing:
-    """Return the map with whitening; scores are (n, D)."""
-    n_rows, n_columns = float(weight.sum()), scores.shape[1]
+    """Return the map with whitening, which makes jittered rows white."""
+    n_rows, n_columns = float(weight.sum()), len(columns)
+    pairs = [column.jittered_moments(x) for column, x in zip(columns, X.T, strict=True)]
+    scores = np.column_stack([mean for mean, _ in pairs])
     mean = weight @ scores / n_rows
     centred = scores - mean
     covariance = (weight[:, None] * centred).T @ centred / n_rows
-    covariance[constant, constant] = 1.0  # theirs is their component's
+    covariance += np.diag([weight @ variance / n_rows for _, variance in pairs])
     sample, vectors = np.linalg.eigh(covariance)
     spread = np.maximum(_shrunk(sample, n_rows), _NARROWEST**2)
-    if len(scores) <= n_columns:
+    if len(X) <= n_columns:
         _warn(
-            f"X has {len(scores)} rows and {n_columns} columns, too few rows for a "
+            f"X has {len(X)} rows and {n_columns} columns, too few rows for a "
             "density: most directions are guessed from the others. Reduce the columns, "
             "for instance by PCA."
         )
@@ -552,27 +586,28 @@ def _whitened(
 def _shrunk(sample: np.ndarray, n_rows: float) -> np.ndarray:
     """Return eigenvalues of a covariance, corrected for so many rows; both increase.
 
-    Quadratic-inverse shrinkage. It knows the rows by their number alone, so that
-    weights and repeated rows are the same; cross-validation would tell them apart.
+    Both rules know the rows by their number alone, so that weights and repeated rows
+    are the same; cross-validation would tell them apart.
     """
-    n_columns, n_free = len(sample), max(round(n_rows) - 1, 1)
+    n_columns, n_free = len(sample), max(n_rows - 1, 1.0)
     ratio = n_columns / n_free
-    precision = 1 / np.maximum(sample[-min(n_free, n_columns) :], _TINY_EIGENVALUE)
-    width = min(ratio, 1 / ratio) ** 0.7 / n_columns**0.35
+    if ratio > 0.5:
+        # Oracle approximating shrinkage. The other one breaks down where rows are
+        # about as many as columns; this one keeps too little of narrow directions
+        # where they are more.
+        square, mean = np.mean(sample**2) / n_columns, np.mean(sample)
+        excess = (n_rows + 1) * (square - mean**2 / n_columns)
+        share = min(1.0, (square + mean**2) / excess) if excess > 0 else 1.0
+        return (1 - share) * sample + share * mean
+    # Quadratic-inverse shrinkage, by a kernel estimate of a Hilbert transform.
+    precision = 1 / np.maximum(sample, _TINY_EIGENVALUE)
+    width = ratio**0.7 / n_columns**0.35 * precision[:, None]
     gap = precision[:, None] - precision
-    kernel = precision[:, None] / (gap**2 + (width * precision[:, None]) ** 2)
-    theta = np.mean(kernel * gap, axis=0)
-    conjugate = np.mean(kernel * width * precision[:, None], axis=0)
-    amplitude = theta**2 + conjugate**2
-    if n_columns <= n_free:
-        delta = 1 / (
-            (1 - ratio) ** 2 * precision
-            + 2 * ratio * (1 - ratio) * precision * theta
-            + ratio**2 * precision * amplitude
-        )
-    else:
-        null = 1 / ((ratio - 1) * precision.mean())
-        delta = np.concatenate(
-            [np.full(n_columns - n_free, null), 1 / (precision * amplitude)]
-        )
-    return delta * (sample.sum() / delta.sum())
+    kernel = precision[:, None] / (gap**2 + width**2)
+    theta, conjugate = np.mean(kernel * gap, axis=0), np.mean(kernel * width, axis=0)
+    corrected = precision * (
+        (1 - ratio) ** 2
+        + 2 * ratio * (1 - ratio) * theta
+        + ratio**2 * (theta**2 + conjugate**2)
+    )
+    return sample.sum() / (1 / corrected).sum() / corrected
