@@ -42,6 +42,8 @@ _BACKGROUND = 4.0
 _POINTS, _TAIL_POINTS = 256, 24
 _POINTS_PER_CELL = 8
 _TINY_EIGENVALUE = 1e-12
+# Rows are flat in a direction in which they show less than this share of its variance.
+_FLAT = 0.1
 _MOST_NAMED = 5
 # Parameters beyond mean and standard deviation: location and scale of the arcsinh;
 # weight, mean and standard deviation of a component.
@@ -267,12 +269,13 @@ def _find_atoms(x: np.ndarray, share: np.ndarray, n_rows: float) -> np.ndarray:
     """Return which values are atoms, (P,) of bool."""
     if len(x) <= _FEW_VALUES and n_rows >= _ROWS_PER_VALUE * len(x):
         return np.ones(len(x), dtype=bool)
+    large = np.flatnonzero(share >= max(_ATOM_SHARE, _ATOM_ROWS / n_rows))
     # A rounded column repeats its values, too, but neighbours about as often.
-    padded = np.pad(share, _NEIGHBOURS)
-    window = np.lib.stride_tricks.sliding_window_view(padded, 2 * _NEIGHBOURS + 1)
-    usual = np.median(window, axis=1)
-    least = np.maximum(_ATOM_SHARE, _ATOM_ROWS / n_rows)
-    return (share >= least) & (share > 4 * (usual + np.sqrt(usual / n_rows)))
+    around = large[:, None] + np.arange(2 * _NEIGHBOURS + 1)
+    usual = np.median(np.pad(share, _NEIGHBOURS)[around], axis=1)
+    found = np.zeros(len(x), dtype=bool)
+    found[large] = share[large] > 4 * (usual + np.sqrt(usual / n_rows))
+    return found
 
 
 def _binned(x: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -570,7 +573,7 @@ def _whitened(
             "others, so that the rows have no density. A floor on the variances stands "
             "in for it. Leave out columns that repeat what others say."
         )
-    flat = sample < 0.5 * spread
+    flat = sample < _FLAT * spread
     missing = 1 - np.maximum(sample[flat], 0.0) / spread[flat]
     root = np.sqrt(spread)
     return Preprocessing(
