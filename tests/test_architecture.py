@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "odeint": {"_engine", "_odeint", "exceptions"},
     "_odeint": {"_engine", "exceptions"},
     "_border": {"exceptions"},
-    "_marginals": {"_mixture"},
+    "_marginals": {"_column"},
+    "_column": {"_mixture"},
     "_mixture": set(),
     "_series": {"exceptions"},
     "_training": {"exceptions"},
@@ -80,6 +81,7 @@ STRANGERS = {
     "odeint": _ARRAYS,
     "_training": _ARRAYS,
     "_marginals": {"torch", "pandas", "sklearn"},
+    "_column": {"torch", "pandas", "sklearn"},
     "_mixture": {"torch", "pandas", "sklearn"},
     "exceptions": {*_ARRAYS, "torch"},
 }

@@ -232,6 +232,11 @@ def test_the_order_of_rows_and_columns_does_not_matter(kind):
 # ----------------------------------------------------------------------- weights
 
 
+def test_weights_that_sum_to_one_are_no_error():
+    X = table()
+    assert np.isfinite(nats(fitted(X, weight=np.full(N, 1 / N)), X)).all()
+
+
 @every_kind
 def test_a_weight_is_a_repetition(kind):
     X = table(200)
@@ -303,6 +308,31 @@ def test_dequantized_columns_have_probabilities_of_integers():
     np.testing.assert_allclose(density, counts, atol=0.05)
 
 
+def test_settle_undoes_jitter():
+    X = np.column_stack([draw("half zeros"), draw("grades"), draw("normal")])
+    for dequantize in (False, True):
+        it = fitted(X, dequantize=dequantize)
+        settled = it.settle(it.jitter(X, np.random.default_rng(8)))
+        assert np.array_equal(settled[:, 2], X[:, 2])
+        assert (settled == X).mean() > 0.98
+    rows = fitted(X, None, standardize=False).settle(X)
+    assert np.array_equal(rows, X)
+
+
+def test_rows_beside_the_atoms_keep_their_share():
+    x = np.repeat([0.0, 0.3, 1.0, 1.7, 90.0], [400, 7, 550, 6, 8])
+    it = fitted(x)
+    assert it.columns[0].atoms.tolist() == [0, 0.3, 1, 1.7, 90]  # few values: all
+    x = np.concatenate([x, np.linspace(2, 80, 120) ** 1.01])
+    it = fitted(x)
+    assert it.columns[0].atoms.tolist() == [0, 1]
+    x = np.concatenate([np.zeros(500), np.arange(4) * 1.1, np.full(600, 9.0)])
+    it = fitted(np.tile(x, 1), weight=np.full(len(x), 0.03))
+    for fit in (it, fitted(x)):
+        total = np.exp(fit.columns[0].mixture.log_weight).sum()
+        assert total == pytest.approx(1)
+
+
 # ------------------------------------------------- columns that have no density
 
 
@@ -371,6 +401,8 @@ def test_ugly_columns_never_give_nan(X, kind, dequantize, seed):
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", UserWarning)
         it = fitted(X, kind, weight, dequantize=dequantize)
+        for column in it.columns:
+            assert np.exp(column.mixture.log_weight).sum() == pytest.approx(1)
         moved = it.jitter(X, np.random.default_rng(seed))
         for rows in (X, moved, it.inverse(np.ones(X.shape))):
             Z, log_det = it.forward(rows)
