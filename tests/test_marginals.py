@@ -375,6 +375,26 @@ def test_few_rows_for_the_columns(kind, n):
     assert n == 5 or nats(it, new).mean() > truth - 15
 
 
+@pytest.mark.parametrize("n", [30, 70, 120, 400])
+def test_noise_in_the_spectrum_is_taken_out(n):
+    """Of a white table all scores have the spread that the rows show, and no more."""
+    X = np.random.default_rng(0).standard_normal((n, 40))
+    with pytest.warns(UserWarning, match="too few") if n <= 40 else nullcontext():
+        it = fitted(X, None)
+    spread = np.linalg.eigvalsh(it.colouring @ it.colouring)
+    assert spread.min() > 0.7 and spread.max() < 1.5
+    assert it.log_det == pytest.approx(-0.5 * np.log(spread).sum())
+    sample = np.linalg.eigvalsh(np.cov(X, rowvar=False))
+    assert sample.min() < 0.7 and sample.max() > 1.5
+
+
+def test_narrow_directions_are_kept_where_rows_are_many():
+    X = np.random.default_rng(0).standard_normal((2000, 5))
+    X[:, 4] = X[:, 0] + 0.01 * X[:, 4]
+    covariance = np.cov(fitted(X, None).forward(X)[0], rowvar=False)
+    np.testing.assert_allclose(covariance, np.eye(5), atol=0.05)
+
+
 def test_an_overflowing_range_is_an_error():
     X = np.column_stack([draw("normal")[:2], [-1.7e308, 1.7e308]])
     with pytest.raises(ValueError, match="Column 1 of X: the range"):
