@@ -22,7 +22,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "skode"
 
 # A room is a module or a package right under `skode`; "skode" itself is the face.
-_FRONT = {"_nn", "_border", "_parameters", "_training", "_series", "exceptions"}
+_FRONT = {
+    "_nn",
+    "_border",
+    "_marginals",
+    "_parameters",
+    "_training",
+    "_series",
+    "exceptions",
+}
 MAY_IMPORT = {
     "skode": {
         "supervised",
@@ -39,6 +47,7 @@ MAY_IMPORT = {
     "odeint": {"_engine", "_odeint", "exceptions"},
     "_odeint": {"_engine", "exceptions"},
     "_border": {"exceptions"},
+    "_marginals": set(),
     "_series": {"exceptions"},
     "_parameters": {"_border", "_nn", "_training"},
     "_training": {"exceptions"},
@@ -60,6 +69,7 @@ FLOORS = {
         {"step", "control", "dense"},
         {"tableau", "solution"},
     ],
+    "_marginals": [{"preprocessing"}, {"column"}, {"mixture"}],
     "_odeint": [
         {"discrete", "theirs"},
         {"call", "failure", "kept"},
@@ -74,7 +84,10 @@ FLOORS = {
 }
 
 # The modules of a room that other rooms may import; all, where it has no line.
-DOORS = {"_engine": {"solve", "solution", "kernel", "layers", "observer", "grid"}}
+DOORS = {
+    "_engine": {"solve", "solution", "kernel", "layers", "observer", "grid"},
+    "_marginals": {"preprocessing"},
+}
 
 _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}
 STRANGERS = {
@@ -83,6 +96,7 @@ STRANGERS = {
     "_odeint": _ARRAYS,
     "odeint": _ARRAYS,
     "_training": _ARRAYS,
+    "_marginals": {"torch", "pandas", "sklearn"},
     "exceptions": {*_ARRAYS, "torch"},
 }
 
