@@ -1,6 +1,5 @@
 """Neural ODEs for tables: `ODEClassifier` and `ODERegressor`."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,9 +11,7 @@ from sklearn.base import (
     RegressorMixin,
     TransformerMixin,
 )
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, r2_score
-from sklearn.model_selection import train_test_split
 from sklearn.utils import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -46,14 +43,19 @@ from skode._nn.losses import (
     regression_loss,
     weighted_mean,
 )
-from skode._nn.ode_net import Integration, build
-from skode._training import (
-    History,
-    Training,
-    make_optimizer,
-    train,
-    train_once,
+from skode._nn.ode_net import build
+from skode._parameters import (
+    SHARED,
+    check_same_shape,
+    hold_out,
+    integration,
+    ready_optimizer,
+    record,
+    training,
+    warn_unfinished,
+    widths_of,
 )
+from skode._training import History, train, train_once
 from skode.exceptions import SolverError
 
 __all__ = ["ODEClassifier", "ODERegressor"]
@@ -68,35 +70,11 @@ class _ODEEstimator(
     """What both have in common: parameters, tags, and how a fitted net is read."""
 
     _parameter_constraints = {
-        "hidden_layer_sizes": ["array-like", at_least(1)],
+        **SHARED,
         "activation": [choice(ACTIVATIONS)],
         "encoder": [choice(("linear", "augment"))],
         "state_size": [at_least(1), choice(("auto",))],
         "field": [callable, None],
-        "solver": [str],
-        "rtol": [positive(closed="left")],
-        "atol": [positive(closed="left"), None],
-        "step_size": [positive(), None],
-        "max_steps": [at_least(1)],
-        "gradient": [
-            choice(("auto", "checkpoint", "adjoint", "reversible", "backprop"))
-        ],
-        "compile": ["boolean", choice(("auto",))],
-        "optimizer": [choice(("adam", "sgd"))],
-        "alpha": [positive(closed="left")],
-        "batch_size": [at_least(1), choice(("auto",))],
-        "learning_rate_init": [positive()],
-        "max_iter": [at_least(1)],
-        "tol": [positive(closed="left")],
-        "n_iter_no_change": [at_least(1)],
-        "early_stopping": ["boolean", choice(("auto",))],
-        "validation_fraction": [inside(0, 1)],
-        "standardize": ["boolean"],
-        "warm_start": ["boolean"],
-        "random_state": ["random_state"],
-        "device": [str],
-        "dtype": [choice(("auto", "float32", "float64"))],
-        "verbose": ["verbose"],
     }
 
     def __sklearn_tags__(self):
@@ -126,9 +104,7 @@ class _ODEEstimator(
             If a row needs more than `max_steps` steps, or blows up.
         """
         X = _check_rows(self, X)
-        return _apply(
-            self, lambda x: self.module_.final_state(x, _integration(self)), X
-        )
+        return _apply(self, lambda x: self.module_.final_state(x, integration(self)), X)
 
     def trajectory(self, X, t):
         """Return the states of the ODE at several times.
@@ -169,7 +145,7 @@ class _ODEEstimator(
         return _apply(
             self,
             lambda x: self.module_.trajectory(
-                x, x.new_tensor(times), _integration(self)
+                x, x.new_tensor(times), integration(self)
             )[:, 1:],
             X,
         )
@@ -193,9 +169,7 @@ class _ODEEstimator(
             If a row needs more than `max_steps` steps, or blows up.
         """
         X = _check_rows(self, X)
-        return _apply(
-            self, lambda x: self.module_.evaluations(x, _integration(self)), X
-        )
+        return _apply(self, lambda x: self.module_.evaluations(x, integration(self)), X)
 
     @property
     def _n_features_out(self):
@@ -595,7 +569,7 @@ class ODEClassifier(ClassifierMixin, _ODEEstimator):
     def _logits(self, X):
         """Return a list of (n_samples, n_classes), one per target."""
         X = _check_rows(self, X)
-        logits = _apply(self, lambda x: self.module_(x, _integration(self)), X)
+        logits = _apply(self, lambda x: self.module_(x, integration(self)), X)
         return np.split(logits, np.cumsum(self._sizes())[:-1], axis=1)
 
     def _sizes(self):
@@ -967,7 +941,7 @@ class ODERegressor(RegressorMixin, _ODEEstimator):
             )
 
         def outputs(x):
-            raw = self.module_(x, _integration(self))
+            raw = self.module_(x, integration(self))
             return mean_and_std(raw) if self._gaussian else raw
 
         values = _apply(self, outputs, X)
@@ -1042,9 +1016,9 @@ def _fit(est, X, targets, weight, task, fresh):
         if fresh:
             est._feature_shift, est._feature_scale = _moments(est, X, weight, "X")
         else:
-            _check_same_net(est)
-        hold_out = _holds_out(est, np.count_nonzero(weight))
-        seed = generator.initial_seed() if hold_out else None
+            check_same_shape(est, _shape(est))
+        holds_out = _holds_out(est, np.count_nonzero(weight))
+        seed = generator.initial_seed() if holds_out else None
         data = _Data.of(est, X, targets, weight, task, device, seed)
         if fresh:
             est.module_ = _new_net(est, X.shape[1], task, generator)
@@ -1058,24 +1032,13 @@ def _fit(est, X, targets, weight, task, fresh):
                 len(data.x),
                 _training(est, len(data.x), task),
                 generator,
-                _validation(est, data, task) if hold_out else None,
+                _validation(est, data, task) if holds_out else None,
                 history,
             )
         finally:
             est.module_.eval()
-            _record(est, history)
-    if not history.converged and not history.interrupted:
-        watched = "validation score rose" if hold_out else "loss fell"
-        advice = (
-            "" if hold_out else ", or set early_stopping=True if more would overfit"
-        )
-        warnings.warn(
-            f"The fit ended at max_iter={est.max_iter}, and the {watched} by more than "
-            f"1000 * tol = {1000 * est.tol:g} in its last n_iter_no_change epochs: "
-            f"raise max_iter{advice}.",
-            ConvergenceWarning,
-            stacklevel=4,  # through scikit-learn's wrapper of fit
-        )
+            record(est, history)
+    warn_unfinished(est, history, holds_out)
 
 
 def _partial_fit(est, X, targets, weight, task, fresh):
@@ -1085,17 +1048,14 @@ def _partial_fit(est, X, targets, weight, task, fresh):
         if fresh:
             est._feature_shift, est._feature_scale = _moments(est, X, weight, "X")
         else:
-            _check_same_net(est)
+            check_same_shape(est, _shape(est))
         data = _Data.of(est, X, targets, weight, task, device, seed=None)
         if fresh:
             est.module_ = _new_net(est, X.shape[1], task, generator)
-            _record(est, History())
+            record(est, History())
         est.module_.to(device, data.x.dtype)
         how = _training(est, len(data.x), task)
-        if getattr(est, "_optimizer", None) is None:
-            est._optimizer = make_optimizer(est.module_, how)
-        # Loading moves its memory to where the weights are now, and to their dtype.
-        est._optimizer.load_state_dict(est._optimizer.state_dict())
+        ready_optimizer(est, how)
         try:
             loss = train_once(
                 est.module_,
@@ -1107,17 +1067,7 @@ def _partial_fit(est, X, targets, weight, task, fresh):
             )
         finally:
             est.module_.eval()
-    _record(est, History(loss=[*est.loss_curve_, loss]))
-
-
-def _record(est, history):
-    est.loss_curve_ = history.loss
-    est.loss_ = history.loss[-1] if history.loss else None
-    est.best_loss_ = min(history.loss, default=None)
-    est.n_iter_ = len(history.loss)
-    held_out = bool(history.scores)
-    est.validation_scores_ = history.scores if held_out else None
-    est.best_validation_score_ = history.best_score
+    record(est, History(loss=[*est.loss_curve_, loss]))
 
 
 def _moments(est, values, weight, name):
@@ -1157,7 +1107,7 @@ def _new_net(est, n_features, task, generator):
             task.n_outputs,
             encoder=est.encoder,
             width=width,
-            hidden=_widths(est.hidden_layer_sizes),
+            hidden=widths_of(est.hidden_layer_sizes),
             activation=est.activation,
             field=est.field,
         )
@@ -1169,37 +1119,13 @@ def _shape(est):
     """Return the parameters that shape a net, each in one way of writing it."""
     size = est.state_size
     return {
-        "hidden_layer_sizes": _widths(est.hidden_layer_sizes),
+        "hidden_layer_sizes": widths_of(est.hidden_layer_sizes),
         "activation": est.activation,
         "encoder": est.encoder,
         "state_size": int(size) if isinstance(size, Integral) else size,
         "field": est.field,
         "standardize": bool(est.standardize),
     }
-
-
-def _check_same_net(est):
-    """Refuse to continue a net of another shape."""
-    before = est._shape
-    changed = [
-        name
-        for name, value in _shape(est).items()
-        # A field may be any object, and compare in ways of its own.
-        if not (value is before[name] or (value == before[name]) is True)
-    ]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)} cannot change while a model is continued: set "
-            "warm_start=False, or clone the estimator, to begin a new one."
-        )
-
-
-def _widths(sizes):
-    """Return the widths of the hidden layers; a number is one layer."""
-    widths = (sizes,) if isinstance(sizes, Integral) else tuple(sizes)
-    if not all(isinstance(width, Integral) and width > 0 for width in widths):
-        raise ValueError(f"hidden_layer_sizes must hold integers above 0, got {sizes}.")
-    return tuple(int(width) for width in widths)
 
 
 @dataclass(frozen=True)
@@ -1246,26 +1172,13 @@ def _holds_out(est, n_rows):
 
 def _split(est, targets, task, seed):
     """Return indices of training and of held-out rows."""
-    n = len(targets)
     stratify = targets[:, 0] if task.stratify and len(targets) else None
-    try:
-        return train_test_split(
-            np.arange(n),
-            test_size=est.validation_fraction,
-            random_state=seed,
-            stratify=stratify,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"early_stopping=True cannot hold out validation_fraction="
-            f"{est.validation_fraction} of {n} rows ({error}). Pass more rows, another "
-            "fraction, or early_stopping=False."
-        ) from error
+    return hold_out(est, len(targets), seed, stratify)
 
 
 def _objective(est, data, task):
     """Return the loss of some rows as a function of their indices."""
-    how = _integration(est)
+    how = integration(est)
 
     def objective(rows):
         try:
@@ -1283,7 +1196,7 @@ def _objective(est, data, task):
 def _validation(est, data, task):
     """Return a function that scores the held-out rows."""
     X, targets, weight, index = data.held
-    how = _integration(est)
+    how = integration(est)
 
     def validate():
         try:
@@ -1307,30 +1220,7 @@ def _training(est, n_rows, task):
     if batch == "auto":
         share = min(_LARGEST_BATCH, max(task.smallest_batch, n_rows // 8))
         batch = n_rows if n_rows <= _FULL_BATCH else share
-    return Training(
-        max_iter=est.max_iter,
-        batch_size=batch,
-        learning_rate=est.learning_rate_init,
-        optimizer=est.optimizer,
-        alpha=est.alpha,
-        tol=est.tol,
-        n_iter_no_change=est.n_iter_no_change,
-        verbose=bool(est.verbose),
-    )
-
-
-def _integration(est):
-    """Return how to solve, from the parameters as they are now."""
-    est._validate_params()  # they may have been set after the fit
-    return Integration(
-        method=est.solver,
-        rtol=est.rtol,
-        atol=est.rtol if est.atol is None else est.atol,
-        step_size=est.step_size,
-        max_steps=est.max_steps,
-        gradient=est.gradient,
-        compile=est.compile,
-    )
+    return training(est, batch)
 
 
 def _check_rows(est, X):

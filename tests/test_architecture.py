@@ -22,7 +22,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "skode"
 
 # A room is a module or a package right under `skode`; "skode" itself is the face.
-_FRONT = {"_nn", "_border", "_training", "_series", "exceptions"}
+_FRONT = {
+    "_nn",
+    "_border",
+    "_marginals",
+    "_parameters",
+    "_training",
+    "_series",
+    "exceptions",
+}
 MAY_IMPORT = {
     "skode": {
         "supervised",
@@ -39,7 +47,9 @@ MAY_IMPORT = {
     "odeint": {"_engine", "_odeint", "exceptions"},
     "_odeint": {"_engine", "exceptions"},
     "_border": {"exceptions"},
+    "_marginals": set(),
     "_series": {"exceptions"},
+    "_parameters": {"_border", "_nn", "_training"},
     "_training": {"exceptions"},
     "_nn": {"_engine", "exceptions"},
     "_engine": {"exceptions"},
@@ -59,16 +69,25 @@ FLOORS = {
         {"step", "control", "dense"},
         {"tableau", "solution"},
     ],
+    "_marginals": [{"preprocessing"}, {"column"}, {"mixture"}],
     "_odeint": [
         {"discrete", "theirs"},
         {"call", "failure", "kept"},
         {"layout"},
     ],
-    "_nn": [{"ode_net", "flow", "latent"}, {"divergence"}, {"fields"}],
+    "_nn": [
+        {"flow_training"},
+        {"ode_net", "flow", "latent"},
+        {"flow_field"},
+        {"divergence", "fields", "integration"},
+    ],
 }
 
 # The modules of a room that other rooms may import; all, where it has no line.
-DOORS = {"_engine": {"solve", "solution", "kernel", "layers", "observer"}}
+DOORS = {
+    "_engine": {"solve", "solution", "kernel", "layers", "observer", "grid"},
+    "_marginals": {"preprocessing"},
+}
 
 _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}
 STRANGERS = {
@@ -77,6 +96,7 @@ STRANGERS = {
     "_odeint": _ARRAYS,
     "odeint": _ARRAYS,
     "_training": _ARRAYS,
+    "_marginals": {"torch", "pandas", "sklearn"},
     "exceptions": {*_ARRAYS, "torch"},
 }
 

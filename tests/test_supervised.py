@@ -18,7 +18,7 @@ from sklearn.exceptions import (
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import accuracy_score, r2_score
 
-from skode import ODEClassifier, ODERegressor, supervised
+from skode import ODEClassifier, ODERegressor, _parameters, supervised
 from tests.tables import Spring, blobs, classifier, curve, regressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -475,14 +475,14 @@ def test_early_stopping_keeps_the_best_weights_of_a_classifier(monkeypatch):
 def _check_best_weights(model, table, monkeypatch):
     """Score the rows that were held out with the weights that were kept."""
     X, y = table(n_rows=100)
-    held, split = [], supervised.train_test_split
+    held, split = [], _parameters.train_test_split
 
     def spy(*args, **kwargs):
         rows, held_rows = split(*args, **kwargs)
         held.append((rows, held_rows))
         return rows, held_rows
 
-    monkeypatch.setattr(supervised, "train_test_split", spy)
+    monkeypatch.setattr(_parameters, "train_test_split", spy)
     model.set_params(
         early_stopping=True,
         validation_fraction=0.3,

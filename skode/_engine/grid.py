@@ -66,7 +66,8 @@ class Grid:
         error : Tensor of shape (B,)
             Sum over the steps of the squared norm of their embedded error.
         """
-        y1, error = _March.apply(self, tuple(knots), y, *self.params)
+        run: Any = _March.apply
+        y1, error = run(self, tuple(knots), y, *self.params)
         return y1, error
 
     def slopes(self, slots: int, y: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """The trace of df/dy of a perceptron. A rows, D state, H hidden, P tangents.
 
-With slopes d_l of the hidden layers, df/dy = W_L diag(d_{L-1}) ... diag(d_1) W_1. For one
-hidden layer its trace is d_1 . diag(W_1 W_2), and for two it is d_2^T M d_1 with M = W_2 o
-(W_1 W_3)^T: a matrix that is formed once for all rows, so that the exact trace costs one
-more layer, whatever D is. Deeper perceptrons push tangents through: those of all axes
-give the exact trace in D passes at once (forward mode), a few random ones an estimate
-(Hutchinson 1989, doi:10.1080/03610918908812806).
+With slopes d_l of the hidden layers, df/dy = W_L diag(d_{L-1}) ... diag(d_1) W_1. For
+one hidden layer its trace is d_1 . diag(W_1 W_2), and for two it is d_2^T M d_1 with
+M = W_2 o (W_1 W_3)^T: a matrix that is formed once for all rows, so that the exact
+trace costs one more layer, whatever D is. Deeper perceptrons push tangents through:
+those of all axes give the exact trace in D passes at once (forward mode), a few random
+ones an estimate (Hutchinson 1989, doi:10.1080/03610918908812806).
 """
 
 from collections.abc import Sequence
@@ -57,10 +57,10 @@ def trace_weights(weights: Sequence[Tensor]) -> Tensor:
     return triple_weights(first, weights[1], last)
 
 
-def along(
+def pushed(
     weights: Sequence[Tensor], slopes: Sequence[Tensor], tangents: Tensor
 ) -> Tensor:
-    """Return v . df/dy v of every tangent v, (A, P).
+    """Return df/dy v of every tangent v, (A, P, D), or (P, D) if no row differs.
 
     Parameters
     ----------
@@ -73,7 +73,14 @@ def along(
     moved = tangents @ weights[0][:, :dim].T  # (P, H), and (A, P, H) from here on
     for slope, weight in zip(slopes, weights[1:], strict=True):
         moved = (slope[:, None] * moved) @ weight.T
-    return (moved * tangents).sum(dim=-1)
+    return moved
+
+
+def along(
+    weights: Sequence[Tensor], slopes: Sequence[Tensor], tangents: Tensor
+) -> Tensor:
+    """Return v . df/dy v of every tangent v, (A, P), or (P,) if no row differs."""
+    return (pushed(weights, slopes, tangents) * tangents).sum(dim=-1)
 
 
 def axes(dim: int, like: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The vector field of a continuous normalizing flow, and what is integrated beside it.
 
 A rows, D state, C context, H hidden, P probes, n slots of a kernel. The engine's state
-is s = (y, c, l, e): y moves by f, the context c stands still, l gathers the trace of
-df/dy, in as many columns as there are probes, and e the kinetic energy |f|^2.
+is s = (y, c, l, e, j): y moves by f, the context c stands still, l gathers the trace of
+df/dy, in as many columns as there are probes; if asked for, e gathers the kinetic
+energy |f|^2, and j the squared length of df/dy v for a tangent v.
 
 `FlowField` is the perceptron; `Dynamics` is what the engine solves. Those with an exact
 trace and one or two hidden layers differentiate themselves, in preallocated memory.
@@ -24,6 +25,7 @@ from skode._nn.divergence import (
     axes,
     closed_form,
     pair_weights,
+    pushed,
     trace_weights,
     triple_weights,
 )
@@ -100,6 +102,8 @@ class Dynamics:
     """Whether the last column gathers |f|^2."""
     probes: Tensor | None = None
     """(P, D) to estimate the trace with; None: the exact trace, in one column."""
+    tangent: Tensor | None = None
+    """(1, D) random signs: |df/dy v|^2 has the mean |df/dy|^2, Frobenius'."""
 
     @property
     def traces(self) -> int:
@@ -114,14 +118,14 @@ class Dynamics:
     def start(self, y: Tensor, context: Tensor | None) -> Tensor:
         """Return the engine's state (B, .), of y (B, D) and a context (B, C)."""
         known = [y] if context is None else [y, context]
-        columns = self.traces + self.energy
+        columns = self.traces + self.energy + (self.tangent is not None)
         return torch.cat([*known, y.new_zeros(len(y), columns)], dim=1)
 
-    def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return y (B, D), traces (B, P) and the energy (B,) of the engine's state."""
+    def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensors]:
+        """Return y (B, D), traces (B, P) and further columns of the engine's state."""
         first = self.field.dim + self.field.context
-        energy = s[..., -1] if self.energy else None
-        return s[..., : self.field.dim], s[..., first : first + self.traces], energy
+        last = first + self.traces
+        return s[..., : self.field.dim], s[..., first:last], s[..., last:].unbind(-1)
 
     def __call__(self, t: Tensor, s: Tensor) -> Tensor:
         """Return ds/dt, by operations that autograd knows."""
@@ -130,12 +134,17 @@ class Dynamics:
         columns = [f, s.new_zeros(len(s), field.context), self._traces(f, slopes)]
         if self.energy:
             columns.append(f.square().sum(dim=1, keepdim=True))
+        if self.tangent is not None:
+            moved = pushed(list(field.weights), slopes, self.tangent)
+            squared = moved.square().sum(dim=-1)
+            columns.append(squared.expand(len(f), 1))
         return torch.cat(columns, dim=1)
 
     def _traces(self, f: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+        """Return (A, P)."""
         weights = list(self.field.weights)
         if self.probes is not None:
-            return along(weights, slopes, self.probes)
+            return along(weights, slopes, self.probes).expand(len(f), -1)
         if len(slopes) in CLOSED_FORM:
             return closed_form(weights, slopes).expand(len(f))[:, None]
         return along(weights, slopes, axes(f.shape[1], f)).sum(dim=1, keepdim=True)
@@ -144,14 +153,14 @@ class Dynamics:
         """Return the kernel of an exact trace in closed form, with hidden layers."""
         if not self._owns(params):
             return None
-        if self.probes is not None or len(self.field.weights) not in (2, 3):
+        if not self._plain or len(self.field.weights) not in (2, 3):
             return None
         return FlowKernel(self.field, self.energy, trained=bool(params))
 
     def own_layers(self, params: Sequence[Tensor]) -> Layers | None:
         """Return the field as data if its trace is exact and in closed form."""
         field = self.field
-        if not self._owns(params) or self.probes is not None:
+        if not self._owns(params) or not self._plain:
             return None
         weights = tuple(field.weights)
         if len(weights) - 1 not in CLOSED_FORM:
@@ -159,6 +168,10 @@ class Dynamics:
         biases, shifts = tuple(field.biases), tuple(field.shifts)
         beside = Quadratures(trace_weights(weights), self.energy)
         return Layers(weights, biases, shifts, field.activation, beside)
+
+    @property
+    def _plain(self) -> bool:
+        return self.probes is None and self.tangent is None
 
     def _owns(self, params: Sequence[Tensor]) -> bool:
         return not params or [*map(id, params)] == [*map(id, self.params)]
@@ -382,10 +395,17 @@ class _Memory:
         deltas = [new(w) for w in (*hidden, dim)]
         product, g_product, velocity = new(hidden[-1]), new(hidden[-1]), new(dim)
         self.slots = [
-            _Slot(*(tuple(x[i] for x in blocks) for blocks in (values, slopes, bent)),
-                  tuple(x[i] for x in deltas), product[i], g_product[i], velocity[i])
+            _Slot(
+                values=tuple(x[i] for x in values),
+                slopes=tuple(x[i] for x in slopes),
+                bends=tuple(x[i] for x in bent),
+                deltas=tuple(x[i] for x in deltas),
+                product=product[i],
+                g_product=g_product[i],
+                velocity=velocity[i],
+            )
             for i in range(len(times))
-        ]  # fmt: skip
+        ]
         self.values = [x.flatten(0, 1) for x in values]
         self.slopes = [x.flatten(0, 1) for x in slopes]
         self.deltas = [x.flatten(0, 1) for x in deltas]

@@ -1,7 +1,6 @@
 """Encoder -> solve -> head. B rows, F features, D state, T times, O outputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,24 +8,12 @@ from torch.nn import functional as F
 from skode._engine.solution import Solution
 from skode._engine.solve import solve
 from skode._nn.fields import MLPField
+from skode._nn.integration import Integration
 
-__all__ = ["Integration", "ODENet", "build"]
+__all__ = ["ODENet", "build"]
 
 FieldFactory = Callable[[int], nn.Module]
 """Called with the width of the state; returns a module f(t, y)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Integration:
-    """How to solve; read at every call, so that a fitted net can be solved anew."""
-
-    method: str
-    rtol: float
-    atol: float
-    step_size: float | None
-    max_steps: int
-    gradient: str
-    compile: bool | str
 
 
 class ZeroAugment(nn.Module):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from skode._nn.ode_net import Integration, ZeroAugment, build
+from skode._nn.integration import Integration
+from skode._nn.ode_net import ZeroAugment, build
 from skode.exceptions import SolverError
 from tests.problems import normal
 from tests.tables import Still

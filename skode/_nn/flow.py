@@ -1,0 +1,122 @@
+"""Base distribution <-> solve <-> data. B rows, D state.
+
+The base, a standard normal, is at t = 0 and the data are at t = 1:
+log p(x) = log N(z; 0, I) - integral_0^1 tr df/dy dt, where z is x carried back to t = 0
+(Chen et al. 2018, arXiv:1806.07366, equation 8).
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from skode._engine.solution import Solution
+from skode._engine.solve import solve
+from skode._nn.divergence import CLOSED_FORM
+from skode._nn.flow_field import Dynamics, FlowField
+from skode._nn.integration import Integration
+
+_EXACT_UP_TO = 64
+
+
+class Flow(nn.Module):
+    """A continuous normalizing flow with a standard normal base.
+
+    Parameters
+    ----------
+    field : FlowField
+        Carries the base at t = 0 to the data at t = 1.
+    """
+
+    def __init__(self, field: FlowField) -> None:
+        super().__init__()
+        self.field = field
+
+    @property
+    def depth(self) -> int:
+        """Number of hidden layers."""
+        return len(self.field.weights) - 1
+
+    def exact(self, trace: str) -> bool:
+        """Return whether the trace is computed exactly, given "auto" or a choice."""
+        if trace == "auto":
+            return self.depth in CLOSED_FORM or self.field.dim <= _EXACT_UP_TO
+        return trace == "exact"
+
+    def log_densities(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        how: Integration,
+        probes: Tensor | None = None,
+    ) -> Tensor:
+        """Return log-densities, (B, 1), or one estimate for each probe, (B, P)."""
+        dynamics = Dynamics(self.field, probes=probes)
+        z, traces, _ = dynamics.split(
+            self._solve(dynamics, x, context, [1.0, 0.0], how)[:, -1]
+        )
+        # The trace was gathered from t = 1 to 0.
+        return log_normal(z)[:, None] + traces
+
+    def to_base(self, x: Tensor, context: Tensor | None, how: Integration) -> Tensor:
+        """Return the base's points z, (B, D), of data x."""
+        return self.path(x, context, [1.0, 0.0], how)[:, -1]
+
+    def to_data(self, z: Tensor, context: Tensor | None, how: Integration) -> Tensor:
+        """Return data x, (B, D), of the base's points z."""
+        return self.path(z, context, [0.0, 1.0], how)[:, -1]
+
+    def path(
+        self,
+        y: Tensor,
+        context: Tensor | None,
+        times: Sequence[float],
+        how: Integration,
+    ) -> Tensor:
+        """Return states at `times` (T,), (B, T, D), of those at the first of them."""
+        dynamics = Dynamics(self.field)
+        return dynamics.split(self._solve(dynamics, y, context, times, how))[0]
+
+    def evaluations(
+        self, x: Tensor, context: Tensor | None, how: Integration
+    ) -> Tensor:
+        """Return the evaluations of the field that each density takes, (B,)."""
+        dynamics = Dynamics(self.field)
+        start = dynamics.start(x, context)
+        times = x.new_tensor([1.0, 0.0])
+        return _solved(dynamics, start, times, how).stats.nfe
+
+    def _solve(
+        self,
+        dynamics: Dynamics,
+        y: Tensor,
+        context: Tensor | None,
+        times: Sequence[float],
+        how: Integration,
+    ) -> Tensor:
+        start = dynamics.start(y, context)
+        return _solved(dynamics, start, y.new_tensor(times), how).ys
+
+
+def _solved(
+    dynamics: Dynamics, start: Tensor, times: Tensor, how: Integration
+) -> Solution:
+    return solve(
+        dynamics,
+        start,
+        times,
+        params=dynamics.params,
+        method=how.method,
+        rtol=how.rtol,
+        atol=how.atol,
+        step_size=how.step_size,
+        max_steps=how.max_steps,
+        gradient=how.gradient,
+        compile=how.compile,
+    ).require_success()
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """Return the log-density of the base, (B,), at z (B, D)."""
+    constant = 0.5 * z.shape[1] * math.log(2 * math.pi)
+    return -0.5 * z.square().sum(dim=1) - constant

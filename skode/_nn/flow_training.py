@@ -1,0 +1,154 @@
+"""What a flow is trained on: its likelihood on a coarse grid, or flow matching.
+
+B rows, D state, C context, P probes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skode._engine.grid import Grid
+from skode._nn.divergence import rademacher
+from skode._nn.flow import Flow, log_normal
+from skode._nn.flow_field import Dynamics
+
+_FIRST_STEPS, _MOST_STEPS = 3, 32
+_GROWTH = 1.2
+_EASY = 1 / 6
+"""Steps are taken back where the error is below that share of the tolerance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Weights of what is added to the negative log-likelihood, per row."""
+
+    kinetic: float
+    """Of the integral of |f|^2 (Finlay et al. 2020, arXiv:2002.02798)."""
+    jacobian: float
+    """Of that of the squared Frobenius norm of df/dy (ibid.), by one probe."""
+    error: float
+    """Of the squared embedded errors of the steps."""
+
+
+class Likelihood:
+    """Negative log-likelihood on a coarse grid whose error is watched.
+
+    Parameters
+    ----------
+    flow : Flow
+        To be trained.
+    penalties : Penalties
+        To be added.
+    probes : int
+        Random tangents that estimate the trace, drawn anew for each batch; 0: exact.
+    tolerance : float
+        Mean absolute difference, in nats, between the grid's log-densities and those
+        of one twice as fine, beyond which the grid gets finer.
+    generator : torch.Generator
+        Draws the probes and moves the knots.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        penalties: Penalties,
+        probes: int,
+        tolerance: float,
+        generator: torch.Generator,
+    ) -> None:
+        self._flow, self._penalties, self._probes = flow, penalties, probes
+        self._tolerance, self._generator = tolerance, generator
+        self._kept: Grid | None = None
+        self.steps = _FIRST_STEPS
+
+    def __call__(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Return the loss of each row, (B,)."""
+        dynamics = self._dynamics(x, penalised=True)
+        grid = self._grid(dynamics)
+        end, error = grid.march(dynamics.start(x, context), self._moved_knots())
+        z, traces, extra = dynamics.split(end)
+        loss = -log_normal(z) - traces.mean(dim=1) + self._penalties.error * error
+        for weight, column in zip(self._extra_weights(), extra, strict=True):
+            # Gathered from t = 1 to 0, they have the other sign.
+            loss = loss - weight * column
+        return loss
+
+    def log_densities(
+        self, x: Tensor, context: Tensor | None, steps: int | None = None
+    ) -> Tensor:
+        """Return log-densities on the grid, (B,), of so many even steps."""
+        with torch.no_grad():
+            dynamics = self._dynamics(x, penalised=False)
+            grid = Grid(dynamics, (), x.shape[1])
+            knots = _even(steps or self.steps)
+            z, traces, _ = dynamics.split(
+                grid.march(dynamics.start(x, context), knots)[0]
+            )
+            return log_normal(z) + traces.mean(dim=1)
+
+    def watch(self, x: Tensor, context: Tensor | None) -> None:
+        """Make the grid finer, or coarser, as its error on these rows asks for."""
+        state = self._generator.get_state()  # the same probes for both
+        coarse = self.log_densities(x, context)
+        self._generator.set_state(state)
+        fine = self.log_densities(x, context, 2 * self.steps)
+        error = float((coarse - fine).abs().mean())
+        if not error <= self._tolerance:
+            self.steps = min(_MOST_STEPS, math.ceil(_GROWTH * self.steps))
+        elif error < _EASY * self._tolerance and self.steps > 1:
+            self.steps -= 1
+
+    def _dynamics(self, x: Tensor, *, penalised: bool) -> Dynamics:
+        probes = tangent = None
+        if self._probes:
+            probes = rademacher(self._probes, x.shape[1], self._generator, x)
+        if penalised and self._penalties.jacobian:
+            tangent = rademacher(1, x.shape[1], self._generator, x)
+        energy = penalised and self._penalties.kinetic > 0
+        return Dynamics(self._flow.field, energy, probes, tangent)
+
+    def _grid(self, dynamics: Dynamics) -> Grid:
+        """Return the grid of these dynamics; the last one's, if nothing is random."""
+        random = dynamics.probes is not None or dynamics.tangent is not None
+        if self._kept is None or random:
+            field = self._flow.field
+            first = field.dim + field.context + dynamics.traces
+            self._kept = Grid(dynamics, dynamics.params, first)
+        return self._kept
+
+    def _extra_weights(self) -> list[float]:
+        weights = (self._penalties.kinetic, self._penalties.jacobian)
+        return [weight for weight in weights if weight > 0]
+
+    def _moved_knots(self) -> Sequence[float]:
+        """Return knots with the inner ones moved by up to a quarter of a step."""
+        knots = _even(self.steps)
+        moves = torch.rand(self.steps + 1, generator=self._generator).tolist()
+        for i in range(1, self.steps):
+            knots[i] += 0.5 * (moves[i] - 0.5) / self.steps
+        return knots
+
+
+def _even(steps: int) -> list[float]:
+    """Return the knots of even steps from t = 1 to t = 0."""
+    return [1 - i / steps for i in range(steps)] + [0.0]
+
+
+def flow_matching(
+    flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """Return the loss of each row, (B,): no solve, no trace.
+
+    The field is asked for the velocity x - z along the straight line from a point z of
+    the base, drawn anew, to x, at a random time; what it learns, the mean velocity
+    there, carries the base to the data (Lipman et al. 2023, arXiv:2210.02747).
+    """
+    z = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    t = torch.rand(len(x), generator=generator, dtype=x.dtype).to(x.device)
+    y = torch.lerp(z, x, t[:, None])
+    state = y if context is None else torch.cat([y, context], dim=1)
+    off: Tensor = flow.field(t, state) - (x - z)
+    return off.square().sum(dim=1)
