@@ -23,7 +23,7 @@ from tests.problems import normal, scipy_reference
 from tests.twins import assert_same, both, ragged, solved, weighted
 
 pytestmark = pytest.mark.skipif(
-    isinstance(build._outcome("double", "tanh", "Perceptron"), str),
+    isinstance(build._outcome("double", "tanh", "Perceptron", "solve"), str),
     reason="needs a C++ compiler",
 )
 

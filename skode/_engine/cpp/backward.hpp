@@ -161,7 +161,7 @@ private:
     }
     if (given_.grad_t != nullptr)
       time_gradients(used);
-    if (given_.weights != nullptr)
+    if (given_.gradients.weights != nullptr)
       field_.accumulate(used, times);
     for (int l = 0; l < L; ++l)
       if (row_[l] >= 0)

@@ -119,7 +119,7 @@ public:
         [&](int slot) { return slots_[slot].slopes[0].data(); }, by_row_.data());
   }
 
-  void gradients(const Cotangents &out) const {
+  void gradients(const Gradients &out) const {
     field_.gradients(out);
     trace_.add_to(static_cast<T *>(out.trace));
   }

@@ -9,14 +9,12 @@
 #include "method.hpp"
 #include "perceptron.hpp"
 #include "spec.hpp"
+#include "threads.hpp"
 
-#include <chrono>
 #include <cmath>
 #include <vector>
 
 namespace skode {
-
-using Clock = std::chrono::steady_clock;
 
 enum Status { SUCCESS, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE };
 

@@ -24,18 +24,19 @@ template <class T> class Matrix {
 public:
   int outputs = 0, inputs = 0;
 
-  Matrix(int outputs, int inputs) : outputs(outputs), inputs(inputs) {
-    data_.resize(std::size_t(outputs) * inputs);
-  }
-
-  T &at(int j, int i) {
-    int first = j - j % BLOCK, width = BLOCK;
-    while (first + width > outputs) { // behind the last whole block
-      width /= 2;
-      if (first + width <= outputs && first + width <= j)
-        first += width;
+  // Entry (j, i) is given[j * by_output + i * by_input].
+  Matrix(int outputs, int inputs, const T *given, std::size_t by_output,
+         std::size_t by_input)
+      : outputs(outputs), inputs(inputs) {
+    data_.reserve(std::size_t(outputs) * inputs);
+    int width = BLOCK;
+    for (int first = 0; first < outputs; first += width) {
+      while (first + width > outputs) // behind the last whole block
+        width /= 2;
+      for (int i = 0; i < inputs; ++i)
+        for (int j = first; j < first + width; ++j)
+          data_.push_back(given[j * by_output + i * by_input]);
     }
-    return data_[std::size_t(first) * inputs + std::size_t(i) * width + (j - first)];
   }
 
   // done(j, v, sum) for every output j of the product with x, sums begun by begin(j, v).
@@ -84,13 +85,9 @@ template <class T> struct Layer {
   std::vector<T> bias, shift;
 
   Layer(int inputs, int outputs, const T *weight, const T *bias, const T *shift)
-      : inputs(inputs), outputs(outputs), matrix(outputs, inputs),
-        transposed(inputs, outputs), bias(bias, bias + outputs),
-        shift(shift, shift + outputs) {
-    for (int j = 0; j < outputs; ++j)
-      for (int i = 0; i < inputs; ++i)
-        matrix.at(j, i) = transposed.at(i, j) = weight[std::size_t(j) * inputs + i];
-  }
+      : inputs(inputs), outputs(outputs), matrix(outputs, inputs, weight, inputs, 1),
+        transposed(inputs, outputs, weight, 1, inputs), bias(bias, bias + outputs),
+        shift(shift, shift + outputs) {}
 
   // done(j, v, sum) for every output of W x + b + t u.
   template <int V, class Done>
@@ -111,20 +108,17 @@ template <class T> struct Network {
   Matrix<T> trace, trace_transposed;
   bool energy;
 
-  explicit Network(const Spec &spec)
-      : trace(int(spec.trace_outputs), int(spec.trace_inputs)),
-        trace_transposed(int(spec.trace_inputs), int(spec.trace_outputs)),
+  explicit Network(const NetworkSpec &spec)
+      : trace(int(spec.trace_outputs), int(spec.trace_inputs),
+              static_cast<const T *>(spec.trace), spec.trace_inputs, 1),
+        trace_transposed(trace.inputs, trace.outputs,
+                         static_cast<const T *>(spec.trace), 1, spec.trace_inputs),
         energy(spec.energy != 0) {
     for (std::int64_t l = 0; l < spec.depth; ++l)
       layers.emplace_back(int(spec.widths[l]), int(spec.widths[l + 1]),
                           static_cast<const T *>(spec.weights[l]),
                           static_cast<const T *>(spec.biases[l]),
                           static_cast<const T *>(spec.shifts[l]));
-    const T *given = static_cast<const T *>(spec.trace);
-    for (int j = 0; j < trace.outputs; ++j)
-      for (int i = 0; i < trace.inputs; ++i)
-        trace.at(j, i) = trace_transposed.at(i, j) =
-            given[std::size_t(j) * trace.inputs + i];
   }
 };
 

@@ -140,7 +140,7 @@ public:
   }
 
   // Add what was accumulated to the gradients.
-  void gradients(const Cotangents &out) const {
+  void gradients(const Gradients &out) const {
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       weights_[l].add_to(static_cast<T *>(out.weights[l]));
       T *bias = static_cast<T *>(out.biases[l]), *shift = static_cast<T *>(out.shifts[l]);

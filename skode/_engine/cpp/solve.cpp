@@ -8,59 +8,20 @@
 #include "flow.hpp"
 #include "forward.hpp"
 #include "spec.hpp"
+#include "threads.hpp"
 
-#include <atomic>
 #include <memory>
-#include <thread>
 #include <vector>
 
 namespace skode {
-
-enum Progress { DONE, UNFINISHED, OUT_OF_MEMORY };
-
-// work(worker) on every worker that has not finished, a thread to each.
-template <class Worker>
-int share(std::vector<std::unique_ptr<Worker>> &workers, std::vector<char> &finished,
-          double seconds) {
-  const auto until =
-      Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                         std::chrono::duration<double>(seconds));
-  std::atomic<bool> failed{false};
-  const auto work = [&](std::size_t n) {
-    try {
-      finished[n] = finished[n] || workers[n]->run(until);
-    } catch (...) {
-      failed = true;
-    }
-  };
-  std::vector<std::thread> threads;
-  std::size_t begun = 1;
-  try {
-    threads.reserve(workers.size());
-    for (; begun < workers.size(); ++begun)
-      threads.emplace_back(work, begun);
-  } catch (...) {
-    // No more threads to be had: the rest is done here.
-  }
-  work(0);
-  for (std::size_t n = begun; n < workers.size(); ++n)
-    work(n);
-  for (auto &thread : threads)
-    thread.join();
-  if (failed)
-    return OUT_OF_MEMORY;
-  for (char done : finished)
-    if (!done)
-      return UNFINISHED;
-  return DONE;
-}
 
 template <class Field> class Solve {
   using T = typename Field::T;
 
 public:
   explicit Solve(const Spec &spec)
-      : spec_(spec), method_(spec), controller_(spec), network_(spec),
+      : spec_(spec), method_(spec.method), controller_(spec),
+        network_(spec.network),
         tape_(spec.record ? spec.rows : 0, nullptr), written_(tape_.size(), 0) {
     for (std::int64_t n = 0; n < spec.threads; ++n)
       forward_.push_back(std::make_unique<Forward<Field>>(
@@ -83,9 +44,9 @@ public:
 
   int backward(double seconds) {
     const int progress = share(backward_, finished_, seconds);
-    if (progress == DONE && cotangents_.weights != nullptr)
+    if (progress == DONE && cotangents_.gradients.weights != nullptr)
       for (const auto &worker : backward_)
-        worker->field().gradients(cotangents_);
+        worker->field().gradients(cotangents_.gradients);
     if (progress == DONE)
       backward_.clear();
     return progress;

@@ -1,0 +1,162 @@
+"""A march on a grid in compiled code; the twin to compare with is `grid`.
+
+B rows, D state, N steps, S stages.
+"""
+
+import ctypes
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from skode._engine.build import BuildError, library
+from skode._engine.kernel import Field
+from skode._engine.layers import Layers
+from skode._engine.packing import (
+    GRADIENTS,
+    METHOD,
+    MOST_STAGES,
+    NETWORK,
+    REAL,
+    Gradients,
+    Packed,
+    address_of,
+    method,
+    network,
+    threads,
+)
+from skode._engine.tableau import Tableau
+
+_MARCH = struct.Struct(f"{NETWORK} {METHOD} 5q 5P")
+_COTANGENTS = struct.Struct(f"3P {GRADIENTS}")
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledMarch:
+    """Steps of one method along knots that all rows share, and the code for them."""
+
+    layers: Layers
+    tableau: Tableau
+    knots: tuple[float, ...]
+    controlled: int
+    """How many columns of the state the error is measured in, from the first on."""
+    library: ctypes.CDLL
+
+    @classmethod
+    def of(
+        cls,
+        field: Field,
+        params: Sequence[Tensor],
+        tableau: Tableau,
+        knots: tuple[float, ...],
+        controlled: int,
+        y: Tensor,
+    ) -> "CompiledMarch | None":
+        """Return what marches from y (B, D), compiled if need be, or None."""
+        own_layers = getattr(field, "own_layers", None)
+        if own_layers is None or y.device.type != "cpu" or y.dtype not in REAL:
+            return None
+        layers: Layers | None = own_layers(params)
+        if layers is None or not layers.fits(y) or tableau.stages > MOST_STAGES:
+            return None
+        kind = "Perceptron" if layers.quadratures is None else "Flow"
+        try:
+            made = library(REAL[y.dtype], layers.activation, kind, "march")
+        except BuildError:
+            return None
+        return cls(layers, tableau, knots, controlled, made)
+
+    def run(self, y: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return states (B, D) at the last knot, and squared errors (B,)."""
+        wanted = any(x.requires_grad for x in (y, *params))
+        if not (wanted and torch.is_grad_enabled()):
+            y1, error, _ = self.forward(y.detach(), record=False)
+            return y1, error
+        flow: Any = self.layers.quadratures
+        # Its history leads its gradient to the weights, if they want one.
+        trace = flow.trace if flow is not None and params else None
+        apply: Any = _Marched.apply
+        y1, error = apply(self, y, trace, *params)
+        return y1, error
+
+    def forward(self, y: Tensor, record: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return states, squared errors, and the tape that `backward` reads."""
+        y1, error = y.new_empty(y.shape), y.new_empty(len(y))
+        tile = self.library.skode_tile()
+        columns = 2 * y.shape[1] * (len(self.knots) - 1)
+        tape = y.new_empty(-(-len(y) // tile) * tile * columns if record else 0)
+        spec = self._packed(y, y1, error, tape if record else None)
+        _check(self.library.skode_march(_MARCH.pack(*spec.members)))
+        return y1, error, tape
+
+    def backward(
+        self, grad: Tensor, grad_error: Tensor, tape: Tensor, trained: bool
+    ) -> tuple[Tensor, Gradients]:
+        """Pull cotangents (B, D), (B,) back to y and to the parameters."""
+        grad = grad.resolve_neg().contiguous()
+        grad_error = grad_error.resolve_neg().contiguous()
+        grad_y = torch.empty_like(grad)
+        grads = Gradients.zeros(self.layers, grad) if trained else Gradients.none()
+        spec = self._packed(grad, None, None, tape)
+        cotangents = _COTANGENTS.pack(
+            grad.data_ptr(),
+            grad_error.data_ptr(),
+            grad_y.data_ptr(),
+            *grads.packed.members,
+        )
+        packed = _MARCH.pack(*spec.members)
+        _check(self.library.skode_march_back(packed, cotangents))
+        return grad_y, grads
+
+    def _packed(
+        self, y: Tensor, y1: Tensor | None, error: Tensor | None, tape: Tensor | None
+    ) -> Packed:
+        y = y.resolve_neg().contiguous()
+        net, steps = network(self.layers), method(self.tableau, y.device)
+        knots = array("d", self.knots)
+        members = (
+            *net.members,
+            *steps.members,
+            *y.shape,
+            len(knots) - 1,
+            self.controlled,
+            threads(self.layers, len(y), self.library.skode_tile()),
+            address_of(knots),
+            *(0 if x is None else x.data_ptr() for x in (y, y1, error, tape)),
+        )
+        return Packed(members, (net, steps, knots, y))
+
+
+class _Marched(torch.autograd.Function):
+    """A march whose gradient computes its stages again, in compiled code."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, march: CompiledMarch, y: Tensor, trace: Tensor | None, *params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y1, error, tape = march.forward(y, record=True)
+        ctx.march = march
+        # The layers are the march's; saved, they are known not to have changed.
+        ctx.save_for_backward(tape, *params)
+        return y1, error
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor, grad_error: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        tape, *params = ctx.saved_tensors
+        trained = any(ctx.needs_input_grad[3:])
+        grad_y, grads = ctx.march.backward(grad, grad_error, tape, trained)
+        own = grads.params or (None,) * len(params)
+        return None, grad_y, grads.trace, *own
+
+
+def _check(progress: int) -> None:
+    if progress:
+        raise MemoryError("There is no memory for the march: pass fewer rows at once.")
