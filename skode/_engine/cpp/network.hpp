@@ -28,14 +28,15 @@ public:
   Matrix(int outputs, int inputs, const T *given, std::size_t by_output,
          std::size_t by_input)
       : outputs(outputs), inputs(inputs) {
-    data_.reserve(std::size_t(outputs) * inputs);
+    data_.resize(std::size_t(outputs) * inputs);
+    T *next = data_.data();
     int width = BLOCK;
     for (int first = 0; first < outputs; first += width) {
       while (first + width > outputs) // behind the last whole block
         width /= 2;
       for (int i = 0; i < inputs; ++i)
         for (int j = first; j < first + width; ++j)
-          data_.push_back(given[j * by_output + i * by_input]);
+          *next++ = given[j * by_output + i * by_input];
     }
   }
 
