@@ -1,10 +1,12 @@
 """Neural ordinary differential equations for scikit-learn."""
 
+from skode.density import CNFDensityEstimator
 from skode.exceptions import DivergenceError, SolverError, SolverWarning
 from skode.odeint import odeint, odeint_adjoint
 from skode.supervised import ODEClassifier, ODERegressor
 
 __all__ = [
+    "CNFDensityEstimator",
     "DivergenceError",
     "ODEClassifier",
     "ODERegressor",

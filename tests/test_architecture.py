@@ -86,7 +86,7 @@ FLOORS = {
 # The modules of a room that other rooms may import; all, where it has no line.
 DOORS = {
     "_engine": {"solve", "solution", "kernel", "layers", "observer", "grid"},
-    "_marginals": {"preprocessing"},
+    "_marginals": {"conditions", "preprocessing"},
 }
 
 _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}

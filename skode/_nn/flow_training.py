@@ -17,8 +17,69 @@ from skode._nn.flow_field import Dynamics
 
 _FIRST_STEPS, _MOST_STEPS = 3, 32
 _GROWTH = 1.2
+_WATCH_EVERY, _WATCHED_ROWS = 20, 256
 _EASY = 1 / 6
 """Steps are taken back where the error is below that share of the tolerance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that count together."""
+
+    x: Tensor
+    """(B, D)."""
+    context: Tensor | None
+    """(B, C)."""
+    weight: Tensor
+    """(B,)."""
+
+    def first(self, rows: int) -> "Batch":
+        """Return the first of them."""
+        context = None if self.context is None else self.context[:rows]
+        return Batch(self.x[:rows], context, self.weight[:rows])
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the weighted mean of values (B,)."""
+        return (values * self.weight).sum() / self.weight.sum()
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A training table of n rows, from which batches are drawn.
+
+    Parameters
+    ----------
+    copies : Tensor of shape (K, n, D)
+        The table, drawn K times where its values stand for intervals.
+    context : Tensor of shape (n, C) or None
+        What does not move.
+    weight : Tensor of shape (n,)
+        How much each row counts.
+    noise : float
+        Standard deviation of what is added to each batch.
+    generator : torch.Generator
+        Chooses the copy, and draws the noise.
+    """
+
+    copies: Tensor
+    context: Tensor | None
+    weight: Tensor
+    noise: float
+    generator: torch.Generator
+
+    def __len__(self) -> int:
+        """Return n."""
+        return self.copies.shape[1]
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Return the rows of these indices."""
+        copy = int(torch.randint(len(self.copies), (1,), generator=self.generator))
+        x = self.copies[copy].index_select(0, rows)
+        if self.noise > 0:
+            drawn = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+            x.add_(drawn.to(x.device), alpha=self.noise)
+        context = None if self.context is None else self.context.index_select(0, rows)
+        return Batch(x, context, self.weight.index_select(0, rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +123,16 @@ class Likelihood:
         self._flow, self._penalties, self._probes = flow, penalties, probes
         self._tolerance, self._generator = tolerance, generator
         self._kept: Grid | None = None
+        self._batches = 0
         self.steps = _FIRST_STEPS
 
-    def __call__(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Return the loss of each row, (B,)."""
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch; look after the grid from time to time."""
+        if self._batches % _WATCH_EVERY == 0:
+            few = batch.first(_WATCHED_ROWS)
+            self._watch(few.x, few.context)
+        self._batches += 1
+        x, context = batch.x, batch.context
         dynamics = self._dynamics(x, penalised=True)
         grid = self._grid(dynamics)
         end, error = grid.march(dynamics.start(x, context), self._moved_knots())
@@ -74,7 +141,7 @@ class Likelihood:
         for weight, column in zip(self._extra_weights(), extra, strict=True):
             # Gathered from t = 1 to 0, they have the other sign.
             loss = loss - weight * column
-        return loss
+        return batch.mean(loss)
 
     def log_densities(
         self, x: Tensor, context: Tensor | None, steps: int | None = None
@@ -89,7 +156,7 @@ class Likelihood:
             )
             return log_normal(z) + traces.mean(dim=1)
 
-    def watch(self, x: Tensor, context: Tensor | None) -> None:
+    def _watch(self, x: Tensor, context: Tensor | None) -> None:
         """Make the grid finer, or coarser, as its error on these rows asks for."""
         state = self._generator.get_state()  # the same probes for both
         coarse = self.log_densities(x, context)
@@ -137,18 +204,36 @@ def _even(steps: int) -> list[float]:
     return [1 - i / steps for i in range(steps)] + [0.0]
 
 
-def flow_matching(
-    flow: Flow, x: Tensor, context: Tensor | None, generator: torch.Generator
-) -> Tensor:
-    """Return the loss of each row, (B,): no solve, no trace.
+class FlowMatching:
+    """Squared distance of the field from straight lines: no solve, no trace.
 
     The field is asked for the velocity x - z along the straight line from a point z of
     the base, drawn anew, to x, at a random time; what it learns, the mean velocity
     there, carries the base to the data (Lipman et al. 2023, arXiv:2210.02747).
+
+    Parameters
+    ----------
+    flow : Flow
+        To be trained.
+    generator : torch.Generator
+        Draws points of the base, and times.
     """
-    z = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    t = torch.rand(len(x), generator=generator, dtype=x.dtype).to(x.device)
-    y = torch.lerp(z, x, t[:, None])
-    state = y if context is None else torch.cat([y, context], dim=1)
-    off: Tensor = flow.field(t, state) - (x - z)
-    return off.square().sum(dim=1)
+
+    def __init__(self, flow: Flow, generator: torch.Generator) -> None:
+        self._flow, self._generator = flow, generator
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch."""
+        x, context = batch.x, batch.context
+        z = torch.randn(x.shape, generator=self._generator, dtype=x.dtype)
+        t = torch.rand(len(x), generator=self._generator, dtype=x.dtype)
+        z, t = z.to(x.device), t.to(x.device)
+        y = torch.lerp(z, x, t[:, None])
+        state = y if context is None else torch.cat([y, context], dim=1)
+        off: Tensor = self._flow.field(t, state) - (x - z)
+        return batch.mean(off.square().sum(dim=1))
+
+
+def probes_of(probes: int, dim: int, seed: int, like: Tensor) -> Tensor:
+    """Return the tangents of a seed, (P, D): those of every solve for densities."""
+    return rademacher(probes, dim, torch.Generator().manual_seed(seed), like)

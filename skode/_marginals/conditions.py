@@ -1,0 +1,98 @@
+"""What a conditional density is given: labels or covariates, as numbers.
+
+n rows, C numbers each.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditions:
+    """Labels as unit vectors, or covariates of mean 0 and standard deviation 1."""
+
+    labels: np.ndarray | None
+    """(C,) sorted; None: covariates."""
+    shift: np.ndarray
+    """(C,) of covariates."""
+    scale: np.ndarray
+    """(C,)."""
+
+    @classmethod
+    def of(cls, y: object, weight: np.ndarray) -> "Conditions":
+        """Learn what y is, from training rows.
+
+        Raises
+        ------
+        ValueError
+            If y is None, has another length than the weights, or is not finite.
+        """
+        if y is None:
+            raise ValueError(
+                "conditional=True estimates the density of X given y: pass y, a "
+                "vector of labels, or covariates."
+            )
+        values = np.asarray(y)
+        _check_length(values, len(weight))
+        if values.ndim == 1 and values.dtype.kind in "OUSbiu":
+            labels = np.unique(values)
+            return cls(labels, np.zeros(len(labels)), np.ones(len(labels)))
+        table = _table(values)
+        shift = np.average(table, axis=0, weights=weight)
+        scale = np.sqrt(np.average((table - shift) ** 2, axis=0, weights=weight))
+        return cls(None, shift, np.where(scale > 0, scale, 1.0))
+
+    def encode(self, y: object, n_rows: int) -> np.ndarray:
+        """Return (n_rows, C) numbers.
+
+        Raises
+        ------
+        ValueError
+            If y has another shape than in training, or labels that were not there.
+        """
+        values = np.asarray(y)
+        _check_length(values, n_rows)
+        if self.labels is None:
+            table = _table(values)
+            if table.shape[1] != len(self.shift):
+                raise ValueError(
+                    f"y has {table.shape[1]} covariates, but the density was fitted "
+                    f"given {len(self.shift)}."
+                )
+            return (table - self.shift) / self.scale
+        unknown = np.setdiff1d(values, self.labels)
+        if len(unknown):
+            raise ValueError(
+                f"y has labels {unknown.tolist()} that were not there in fit: "
+                f"{self.labels.tolist()}."
+            )
+        return (values[:, None] == self.labels).astype(np.float64)
+
+    def repeated(self, y: object, n_rows: int) -> np.ndarray:
+        """Return y for so many rows: itself, or, of a single one, copies."""
+        values = np.asarray(y)
+        single = values.ndim == 0 or (
+            self.labels is None and values.ndim == 1 and len(self.shift) > 1
+        )
+        return np.repeat(values[None], n_rows, axis=0) if single else values
+
+
+def _check_length(values: np.ndarray, n_rows: int) -> None:
+    if values.ndim == 0 or len(values) != n_rows:
+        raise ValueError(
+            f"y must have one entry for each of {n_rows} rows, got {values.shape}."
+        )
+
+
+def _table(values: np.ndarray) -> np.ndarray:
+    """Return covariates as (n, C) floats."""
+    try:
+        table = values.reshape(len(values), -1).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "Covariates must be numbers; labels go into a vector of their own."
+        ) from error
+    if not np.isfinite(table).all():
+        raise ValueError("y contains NaN or infinity: drop or fill these rows.")
+    return table
