@@ -29,6 +29,7 @@ from skode._nn.divergence import (
     trace_weights,
     triple_weights,
 )
+from skode._nn.fields import owned
 
 Tensors = tuple[Tensor, ...]
 ACTIVATIONS = ("tanh", "softplus", "silu", "relu")
@@ -151,7 +152,8 @@ class Dynamics:
 
     def own_kernel(self, params: Sequence[Tensor]) -> "FlowKernel | None":
         """Return the kernel of an exact trace in closed form, with hidden layers."""
-        if not self._owns(params):
+        mine = self.params
+        if params and [*map(id, params)] != [*map(id, mine)]:
             return None
         if not self._plain or len(self.field.weights) not in (2, 3):
             return None
@@ -160,21 +162,22 @@ class Dynamics:
     def own_layers(self, params: Sequence[Tensor]) -> Layers | None:
         """Return the field as data if its trace is exact and in closed form."""
         field = self.field
-        if not self._owns(params) or not self._plain:
+        weights, biases, shifts = map(
+            owned, (field.weights, field.biases, field.shifts)
+        )
+        if not len(weights) == len(biases) == len(shifts):
             return None
-        weights = tuple(field.weights)
-        if len(weights) - 1 not in CLOSED_FORM:
+        if not self._plain or len(weights) - 1 not in CLOSED_FORM:
             return None
-        biases, shifts = tuple(field.biases), tuple(field.shifts)
+        mine = (*weights, *biases, *shifts)
+        if params and [*map(id, params)] != [*map(id, mine)]:
+            return None
         beside = Quadratures(trace_weights(weights), self.energy)
         return Layers(weights, biases, shifts, field.activation, beside)
 
     @property
     def _plain(self) -> bool:
         return self.probes is None and self.tangent is None
-
-    def _owns(self, params: Sequence[Tensor]) -> bool:
-        return not params or [*map(id, params)] == [*map(id, self.params)]
 
 
 class FlowKernel:
