@@ -51,21 +51,27 @@ class Layers:
         first = self.weights[0].shape[1]
         return (first, *(weight.shape[0] for weight in self.weights))
 
+    @property
+    def plain(self) -> bool:
+        """Whether all of the state moves, and nothing is gathered beside it."""
+        return self.quadratures is None and self.widths[0] == self.widths[-1]
+
     def fits(self, y: Tensor) -> bool:
-        """Return whether they fit each other, and states like y (B, D)."""
+        """Return whether they fit each other, and states like y (B, D).
+
+        What the first layer reads beyond dy/dt is the context, which stands still.
+        """
         widths, dtype, device = self.widths, y.dtype, y.device
         params, flow = self.params, self.quadratures
         shapes = [
             *zip(widths[1:], widths, strict=False),
             *((width,) for width in (*widths[1:], *widths[1:])),
         ]
-        if flow is None:
-            state, suits = widths[-1], widths[0] == widths[-1]
-        else:
-            state, suits = widths[0] + 1 + flow.energy, len(widths) <= 4
+        state, suits = widths[0], widths[0] >= widths[-1]
+        if flow is not None:
+            state, suits = state + 1 + flow.energy, suits and len(widths) <= 4
             below, above = (*widths[1:-1], 1, 1)[:2]
             params, shapes = (*params, flow.trace), [*shapes, (above, below)]
-            suits = suits and widths[0] >= widths[-1]
         return (
             suits
             and state == y.shape[1]

@@ -10,7 +10,7 @@ from skode._engine.solve import solve
 from skode._engine.tableau import TABLEAUX
 from skode._nn.divergence import trace_weights
 from skode._nn.fields import ACTIVATIONS
-from skode._nn.flow_field import Dynamics, FlowField
+from skode._nn.flow_field import Dynamics, FlowField, Transport
 from tests.problems import normal
 from tests.twins import assert_same, both, params_of, ragged, solved, weighted
 
@@ -122,6 +122,22 @@ def test_the_context_stands_still():
     y0 = starts(flow, 9)
     ys = solved(flow, y0, UNIT, compile=True).ys
     assert torch.equal(ys[:, :, 3:5], y0[:, None, 3:5].expand(-1, 4, -1))
+
+
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("hidden", [(), (5,), (7, 9), (4, 5, 6)])
+def test_points_are_carried_without_a_density(hidden, context):
+    flow = make_flow(hidden=hidden, context=context)
+    transport, y0 = Transport(flow.field), normal(20, 3 + context, seed=1)
+    pairs = both(transport, y0, ragged(20, 4), weighted, rtol=1e-8, atol=1e-8)
+    assert_same(pairs, 1e-9)
+    beside = flow.start(y0[:, :3], y0[:, 3:])
+    how = {"compile": "auto", "rtol": 1e-9, "atol": 1e-9}
+    ys, alone = (
+        solved(flow, beside, UNIT, **how).ys,
+        solved(transport, y0, UNIT, **how).ys,
+    )
+    torch.testing.assert_close(alone, ys[..., : 3 + context], rtol=1e-7, atol=1e-7)
 
 
 def test_quadratures_do_not_feed_back_but_are_in_the_norm_of_the_error():

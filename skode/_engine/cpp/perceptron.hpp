@@ -1,7 +1,7 @@
 // A multilayer perceptron shifted by time, on a tile of rows.
 //
-// Layer l computes W_l x + b_l + t u_l; the last one is linear. A tile is V registers of
-// W lanes, one row to a lane: feature f of a tile is at x[f * V + v]. What belongs to a
+// Layer l computes W_l x + b_l + t u_l; the last one is linear. What the first one reads
+// beyond the outputs of the last stands still. A tile is V registers of W lanes, one row to a lane: feature f of a tile is at x[f * V + v]. What belongs to a
 // slot (one evaluation of a step) is remembered for its vector-Jacobian product.
 #pragma once
 
@@ -40,7 +40,8 @@ public:
         const bool first = slot.inputs.empty();
         slot.inputs.push_back(room(first ? state : layer.inputs));
         slot.gates.push_back(keeps_gate(A) ? room(layer.inputs) : nullptr);
-        slot.deltas.push_back(room(layer.outputs));
+        const bool last = slot.inputs.size() == layers_.size();
+        slot.deltas.push_back(room(last ? state : layer.outputs));
       }
     }
     if (slots == 0)
@@ -67,6 +68,7 @@ public:
     }
     layers_[last].template affine<V>(
         time, x, [=](int j, int v, Vec<T> sum) { out[j * V + v] = sum; });
+    stand_still(out);
   }
 
   Vec<T> *input(int slot) { return slots_[slot].inputs[0]; }
@@ -90,6 +92,7 @@ public:
     layers_[last].template affine<V>(
         time, memory.inputs[last],
         [=](int j, int v, Vec<T> sum) { out[j * V + v] = sum; });
+    stand_still(out);
   }
 
   // (cotangent of the slot) . df/dy into out.
@@ -160,6 +163,10 @@ private:
   std::vector<Products<T, V>> weights_;        // by layer
   std::vector<Array<Vec<T>>> biases_, shifts_; // by layer, lanes not yet summed
   Array<Vec<T>> by_row_;
+
+  void stand_still(Vec<T> *out) const {
+    std::fill(out + layers_.back().outputs * V, out + layers_[0].inputs * V, Vec<T>{});
+  }
 
   Vec<T> *room(int width) {
     rooms_.emplace_back(std::size_t(width) * V);
