@@ -5,8 +5,8 @@ is s = (y, c, l, e, j): y moves by f, the context c stands still, l gathers the 
 df/dy, in as many columns as there are probes; if asked for, e gathers the kinetic
 energy |f|^2, and j the squared length of df/dy v for a tangent v.
 
-`FlowField` is the perceptron; `Dynamics` is what the engine solves, or `Transport` where
-no density is asked for. Dynamics with an exact trace and one or two hidden layers
+`FlowField` is the perceptron; `Dynamics` is what the engine solves, or `Transport`
+where no density is asked for. Dynamics with an exact trace and one or two hidden layers
 differentiate themselves, in preallocated memory.
 """
 
