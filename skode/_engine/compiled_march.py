@@ -6,7 +6,7 @@ B rows, D state, N steps, S stages.
 import ctypes
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,14 @@ from skode._engine.packing import (
     Packed,
     address_of,
     method,
+    multiplications,
     network,
     threads,
 )
 from skode._engine.tableau import Tableau
+
+_AT_ONCE = 2**32
+"""Multiplications of one call, a tenth of a second of a core's."""
 
 _MARCH = struct.Struct(f"{NETWORK} {METHOD} 5q 5P")
 _COTANGENTS = struct.Struct(f"3P {GRADIENTS}")
@@ -84,14 +88,18 @@ class CompiledMarch:
         y1, error = apply(self, y, trace, *params)
         return y1, error
 
-    def forward(self, y: Tensor, record: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, y: Tensor, record: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return states, squared errors, and the tape that `backward` reads."""
+        y = y.resolve_neg().contiguous()
         y1, error = y.new_empty(y.shape), y.new_empty(len(y))
-        tile = self.library.skode_tile()
-        columns = 2 * y.shape[1] * (len(self.knots) - 1)
-        tape = y.new_empty(-(-len(y) // tile) * tile * columns if record else 0)
-        spec = self._packed(y, y1, error, tape if record else None)
-        _check(self.library.skode_march(_MARCH.pack(*spec.members)))
+        tape = None
+        if record:
+            tile = self.library.skode_tile()
+            rows, steps = -(-len(y) // tile) * tile, len(self.knots) - 1
+            tape = y.new_empty(rows, 2 * steps * y.shape[1])
+        for part in self._parts(len(y)):
+            spec = self._packed(y[part], y1[part], error[part], _of(tape, part))
+            _check(self.library.skode_march(_MARCH.pack(*spec.members)))
         return y1, error, tape
 
     def backward(
@@ -102,21 +110,29 @@ class CompiledMarch:
         grad_error = grad_error.resolve_neg().contiguous()
         grad_y = torch.empty_like(grad)
         grads = Gradients.zeros(self.layers, grad) if trained else Gradients.none()
-        spec = self._packed(grad, None, None, tape)
-        cotangents = _COTANGENTS.pack(
-            grad.data_ptr(),
-            grad_error.data_ptr(),
-            grad_y.data_ptr(),
-            *grads.packed.members,
-        )
-        packed = _MARCH.pack(*spec.members)
-        _check(self.library.skode_march_back(packed, cotangents))
+        for part in self._parts(len(grad)):
+            spec = self._packed(grad[part], None, None, tape[part])
+            cotangents = _COTANGENTS.pack(
+                grad[part].data_ptr(),
+                grad_error[part].data_ptr(),
+                grad_y[part].data_ptr(),
+                *grads.packed.members,
+            )
+            packed = _MARCH.pack(*spec.members)
+            _check(self.library.skode_march_back(packed, cotangents))
         return grad_y, grads
+
+    def _parts(self, rows: int) -> Iterator[slice]:
+        """Yield rows for one call each; between two calls Python sees to interrupts."""
+        steps = (len(self.knots) - 1) * self.tableau.stages
+        tile, work = self.library.skode_tile(), steps * multiplications(self.layers)
+        at_once = max(1, _AT_ONCE // (work * tile)) * tile
+        for first in range(0, rows, at_once):
+            yield slice(first, first + at_once)
 
     def _packed(
         self, y: Tensor, y1: Tensor | None, error: Tensor | None, tape: Tensor | None
     ) -> Packed:
-        y = y.resolve_neg().contiguous()
         net, steps = network(self.layers), method(self.tableau, y.device)
         knots = array("d", self.knots)
         members = (
@@ -129,7 +145,11 @@ class CompiledMarch:
             address_of(knots),
             *(0 if x is None else x.data_ptr() for x in (y, y1, error, tape)),
         )
-        return Packed(members, (net, steps, knots, y))
+        return Packed(members, (net, steps, knots))
+
+
+def _of(tape: Tensor | None, part: slice) -> Tensor | None:
+    return None if tape is None else tape[part]
 
 
 class _Marched(torch.autograd.Function):

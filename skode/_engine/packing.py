@@ -111,10 +111,15 @@ def address_of(stored: "array[Any]") -> int:
     return stored.buffer_info()[0]
 
 
+def multiplications(layers: Layers) -> int:
+    """Return how many one evaluation of one row takes."""
+    flow = layers.quadratures
+    trace = 0 if flow is None else flow.trace.numel()
+    return trace + sum(weight.numel() for weight in layers.weights)
+
+
 def threads(layers: Layers, rows: int, tile: int) -> int:
     """Return how many threads pay: no more than tiles, and than PyTorch would take."""
-    work = rows * sum(weight.numel() for weight in layers.weights)
-    if layers.quadratures is not None:
-        work += rows * layers.quadratures.trace.numel()
+    work = rows * multiplications(layers)
     most = min(torch.get_num_threads(), -(-rows // tile), work // _WORTH_A_THREAD)
     return max(1, most)

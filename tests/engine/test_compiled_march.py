@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skode._engine import build
+from skode._engine import build, compiled_march
 from skode._engine.compiled_march import CompiledMarch
 from skode._engine.grid import Grid
 from skode._engine.tableau import TABLEAUX
@@ -138,6 +138,23 @@ def test_threads_change_no_state_and_no_gradient():
     one, three = found
     assert all(map(torch.equal, one[:3], three[:3]))
     for x, y in zip(one[3:], three[3:], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-9)
+
+
+def test_a_march_in_parts_is_the_same(monkeypatch):
+    # Control returns to Python after every few rows, as it does once in a while.
+    flow, found = make_flow(energy=True), []
+    for at_once in (compiled_march._AT_ONCE, 1):
+        monkeypatch.setattr(compiled_march, "_AT_ONCE", at_once)
+        y = start(flow, 70).requires_grad_()
+        y1, error = marched(flow, y, compile=True)
+        grads = torch.autograd.grad(
+            y1.square().sum() + error.sum(), (y, *params_of(flow))
+        )
+        found.append((y1, error, *grads))
+    whole, parts = found
+    assert all(map(torch.equal, whole[:3], parts[:3]))
+    for x, y in zip(whole[3:], parts[3:], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-9)
 
 
