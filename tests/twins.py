@@ -1,9 +1,25 @@
 """Compiled solves beside their twins in PyTorch. B rows, T times, D state."""
 
+import pytest
 import torch
 
+from skode._engine import build
 from skode._engine.solution import Status
 from skode._engine.solve import solve
+
+
+def _compiler_is_missing():
+    # A compiler that is there and fails is a failure of the tests.
+    try:
+        build.compiler()
+    except build.BuildError:
+        return True
+    return False
+
+
+needs_compiler = pytest.mark.skipif(
+    _compiler_is_missing(), reason="needs a C++ compiler"
+)
 
 
 def params_of(field):

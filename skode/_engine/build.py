@@ -48,25 +48,22 @@ class BuildError(RuntimeError):
     """The library could not be compiled or loaded; the message says why."""
 
 
-def library(
-    real: str, activation: str, field: str = "Perceptron", source: str = "solve"
-) -> ctypes.CDLL:
+def library(real: str, activation: str, source: str = "solve") -> ctypes.CDLL:
     """Return the compiled engine for one type, one activation and one kind of field.
 
     Parameters
     ----------
     real : {"float", "double"}
     activation : {"tanh", "softplus", "silu", "relu"}
-    field : {"Perceptron", "Flow"}
-    source : {"solve", "march"}
-        Whose doors are wanted.
+    source : {"solve", "flow"}
+        What is compiled: for a perceptron, or for a flow.
 
     Raises
     ------
     BuildError
         If there is no compiler, or if it fails; asked again, it fails again at once.
     """
-    outcome = _outcome(real, activation, field, source)
+    outcome = _outcome(real, activation, source)
     if isinstance(outcome, str):
         # A new error each time: one that is raised again keeps all that it met.
         raise BuildError(outcome)
@@ -74,9 +71,9 @@ def library(
 
 
 @cache
-def _outcome(real: str, activation: str, field: str, source: str) -> ctypes.CDLL | str:
+def _outcome(real: str, activation: str, source: str) -> ctypes.CDLL | str:
     try:
-        return _built(real, activation, field, source)
+        return _built(real, activation, source)
     except BuildError as error:
         return str(error)
     except (OSError, subprocess.SubprocessError) as error:
@@ -121,17 +118,12 @@ def cache_directory() -> Path | None:
     return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
-def _built(real: str, activation: str, field: str, source: str) -> ctypes.CDLL:
+def _built(real: str, activation: str, source: str) -> ctypes.CDLL:
     """Return the library, compiled if it is not on disk or not as it was written."""
     tool = compiler()
-    options = [
-        f"-DSKODE_REAL={real}",
-        f"-DSKODE_ACTIVATION={activation.upper()}",
-        f"-DSKODE_FIELD={field}",
-        str(_SOURCES / f"{source}.cpp"),
-    ]
-    kind = f"{source}-{field.lower()}-{real}-{activation}"
-    name = f"{kind}-{_fingerprint(tool, options)}.so"
+    options = [f"-DSKODE_REAL={real}", f"-DSKODE_ACTIVATION={activation.upper()}"]
+    name = f"{source}-{real}-{activation}-{_fingerprint(tool, options)}.so"
+    options.append(str(_SOURCES / f"{source}.cpp"))
     directory = cache_directory()
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="skode-") as alone:

@@ -71,8 +71,8 @@ class Compiled:
         if plan.tableau.stages > MOST_STAGES:
             return f"{plan.tableau.name} has more than {MOST_STAGES} stages"
         try:
-            kind = "Perceptron" if layers.quadratures is None else "Flow"
-            made = library(REAL[y0.dtype], layers.activation, kind)
+            source = "solve" if layers.quadratures is None else "flow"
+            made = library(REAL[y0.dtype], layers.activation, source)
             return cls(plan, layers, made)
         except BuildError as error:
             return str(error)

@@ -66,11 +66,12 @@ class CompiledMarch:
         if own_layers is None or y.device.type != "cpu" or y.dtype not in REAL:
             return None
         layers: Layers | None = own_layers(params)
-        if layers is None or not layers.fits(y) or tableau.stages > MOST_STAGES:
+        if layers is None or layers.quadratures is None:
+            return None  # only flows are marched
+        if not layers.fits(y) or tableau.stages > MOST_STAGES:
             return None
-        kind = "Perceptron" if layers.quadratures is None else "Flow"
         try:
-            made = library(REAL[y.dtype], layers.activation, kind, "march")
+            made = library(REAL[y.dtype], layers.activation, "flow")
         except BuildError:
             return None
         return cls(layers, tableau, knots, controlled, made)

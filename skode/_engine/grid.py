@@ -35,7 +35,7 @@ class Grid:
         One of our own with an error estimate.
     compile : bool, default=False
         Whether compiled code serves where there is any: on a CPU with a C++ compiler,
-        for a field that is a perceptron known as data.
+        for a field that is a flow known as data.
     """
 
     def __init__(

@@ -20,12 +20,9 @@ from skode._engine.solve import FIXED_STEP, solve
 from skode._engine.tableau import TABLEAUX
 from skode._nn.fields import ACTIVATIONS, MLPField
 from tests.problems import normal, scipy_reference
-from tests.twins import assert_same, both, ragged, solved, weighted
+from tests.twins import assert_same, both, needs_compiler, ragged, solved, weighted
 
-pytestmark = pytest.mark.skipif(
-    isinstance(build._outcome("double", "tanh", "Perceptron", "solve"), str),
-    reason="needs a C++ compiler",
-)
+pytestmark = needs_compiler
 
 
 def make_field(dim=3, hidden=(7, 9), activation="tanh", scale=2.0, dtype=torch.float64):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from skode._engine import build
 from skode._engine.layers import Layers, Quadratures
 from skode._engine.solution import Status
 from skode._engine.solve import solve
@@ -12,12 +11,17 @@ from skode._nn.divergence import trace_weights
 from skode._nn.fields import ACTIVATIONS
 from skode._nn.flow_field import Dynamics, FlowField, Transport
 from tests.problems import normal
-from tests.twins import assert_same, both, params_of, ragged, solved, weighted
-
-pytestmark = pytest.mark.skipif(
-    isinstance(build._outcome("double", "tanh", "Flow", "solve"), str),
-    reason="needs a C++ compiler",
+from tests.twins import (
+    assert_same,
+    both,
+    needs_compiler,
+    params_of,
+    ragged,
+    solved,
+    weighted,
 )
+
+pytestmark = needs_compiler
 
 
 def make_flow(

@@ -7,15 +7,12 @@ from skode._engine import build, compiled_march
 from skode._engine.compiled_march import CompiledMarch
 from skode._engine.grid import Grid
 from skode._engine.tableau import TABLEAUX
-from skode._nn.fields import ACTIVATIONS, MLPField
+from skode._nn.fields import ACTIVATIONS
 from skode._nn.flow_field import Dynamics, FlowField
 from tests.problems import normal
-from tests.twins import params_of
+from tests.twins import needs_compiler, params_of
 
-pytestmark = pytest.mark.skipif(
-    isinstance(build._outcome("double", "tanh", "Flow", "march"), str),
-    reason="needs a C++ compiler",
-)
+pytestmark = needs_compiler
 
 KNOTS = (1.0, 0.7, 0.45, 0.0)
 ADAPTIVE = [name for name, tableau in TABLEAUX.items() if tableau.adaptive]
@@ -87,12 +84,6 @@ def test_it_agrees_for_any_number_of_rows_and_steps(rows, steps):
 def test_the_error_is_that_of_the_first_columns(controlled):
     flow = make_flow(energy=True)
     assert_same(flow, start(flow, 9), controlled=controlled)
-
-
-def test_it_agrees_for_a_plain_perceptron():
-    torch.manual_seed(0)
-    field = MLPField(4, (8, 6)).double()
-    assert_same(field, normal(21, 4, seed=1))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,11 +1,10 @@
 // The doors: one solve, its gradient, its end. Compiled where it runs, for one type
-// (SKODE_REAL), one activation (SKODE_ACTIVATION) and one kind of field (SKODE_FIELD:
-// Perceptron or Flow); see build.py.
+// (SKODE_REAL) and one activation (SKODE_ACTIVATION); see build.py. flow.cpp includes all
+// of this for a field of its own.
 //
 // Rows are shared out among threads in even ranges. A call works for some seconds and
 // comes back, done or not, so that whoever waits can be interrupted.
 #include "backward.hpp"
-#include "flow.hpp"
 #include "forward.hpp"
 #include "spec.hpp"
 #include "threads.hpp"
@@ -69,8 +68,11 @@ private:
 
 } // namespace skode
 
-using Compiled =
-    skode::Solve<skode::SKODE_FIELD<SKODE_REAL, skode::SKODE_ACTIVATION, 2>>;
+#ifndef SKODE_FIELD
+#define SKODE_FIELD Perceptron
+#endif
+using Field = skode::SKODE_FIELD<SKODE_REAL, skode::SKODE_ACTIVATION, 2>;
+using Compiled = skode::Solve<Field>;
 
 extern "C" {
 
