@@ -1,0 +1,254 @@
+"""Who takes part in `density.py`, and how they are trained.
+
+A method is a function of the training rows, a budget of CPU seconds and a seed that
+returns something with `score_samples(X)` and `sample(n)`. The budget binds the neural
+ones only. Libraries are imported when their turn comes: who is absent is left out.
+"""
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.neighbors import KernelDensity
+
+HIDDEN = (64, 64)
+BATCH = 256
+EXACT_UP_TO = 3
+"""Columns up to which a continuous flow trains with its exact trace, and estimates it
+by one probe beyond. Scores are always exact."""
+
+
+@dataclass
+class Fitted:
+    """A density that somebody fitted, and what there is to say about the fit."""
+
+    score_samples: Callable[[np.ndarray], np.ndarray]
+    sample: Callable[[int], np.ndarray]
+    note: str = ""
+    flow: Any = None
+    """A continuous flow's module, whose tolerance `--scoring` changes."""
+
+
+# --- Without gradients ---------------------------------------------------------------
+
+
+def fit_kde(X, budget, seed):
+    folds = KFold(5, shuffle=True, random_state=seed)
+    # Near-duplicates ask for ever smaller widths; the grid ends at a hundredth of a
+    # standard deviation.
+    widths = np.geomspace(0.01, 2.0, 20)
+    search = GridSearchCV(
+        KernelDensity(rtol=1e-4), {"bandwidth": widths}, cv=folds, error_score="raise"
+    ).fit(X)
+    best = search.best_estimator_
+    return Fitted(
+        best.score_samples,
+        lambda n: best.sample(n, random_state=seed),
+        f"width {best.bandwidth:.3g}",
+    )
+
+
+def mixtures(rows, seed):
+    """Yield mixtures of every kind, those with more components than rows left out."""
+    for kind in ("full", "tied", "diag"):
+        for count in (*range(1, 11), 12, 14, 16, 20, 25, 30):
+            if count <= rows // 2:
+                yield GaussianMixture(count, covariance_type=kind, random_state=seed)
+
+
+def describe(mixture):
+    fitted = Fitted(
+        mixture.score_samples,
+        # sklearn groups rows by component; nobody here minds.
+        lambda n: mixture.sample(n)[0],
+        f"{mixture.n_components} {mixture.covariance_type}",
+    )
+    return fitted
+
+
+def fit_gmm_bic(X, budget, seed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fits = [mixture.fit(X) for mixture in mixtures(len(X), seed)]
+        return describe(min(fits, key=lambda mixture: mixture.bic(X)))
+
+
+def fit_gmm_cv(X, budget, seed):
+    folds = list(KFold(5, shuffle=True, random_state=seed).split(X))
+
+    def held_out(mixture):
+        return np.mean([mixture.fit(X[a]).score(X[b]) for a, b in folds])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        best = max(mixtures(4 * len(X) // 5, seed), key=held_out)
+        return describe(best.fit(X))
+
+
+# --- Flows ---------------------------------------------------------------------------
+
+
+def train(module, log_density, X, budget, seed, learning_rate, clip=5.0):
+    """Train with Adam on the mean log-density; keep the best weights; say how it went.
+
+    A tenth of the rows is held out, and scored after each epoch, and once more when the
+    budget is spent. Training ends there, or once 50 epochs, and 100 at least, have not
+    improved the held-out score.
+    """
+    start = time.process_time()
+    rng = torch.Generator().manual_seed(seed)
+    X = torch.as_tensor(X, dtype=torch.float32)
+    order = torch.randperm(len(X), generator=rng)
+    held_out, rows = X[order[: len(X) // 10]], X[order[len(X) // 10 :]]
+    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
+    best, best_epoch, weights = -np.inf, 0, copy.deepcopy(module.state_dict())
+    epoch, steps, in_time = 0, 0, True
+    while in_time and not (epoch >= 100 and epoch - best_epoch > 50):
+        epoch += 1
+        module.train()
+        for batch in torch.randperm(len(rows), generator=rng).split(BATCH):
+            optimizer.zero_grad()
+            loss = -log_density(rows[batch]).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+            if torch.isfinite(norm):
+                optimizer.step()
+            steps += 1
+            in_time = time.process_time() - start < budget
+            if not in_time:
+                break
+        module.eval()
+        with torch.no_grad():
+            score = log_density(held_out).mean().item()
+        if score > best:
+            best, best_epoch = score, epoch
+            weights = copy.deepcopy(module.state_dict())
+    module.load_state_dict(weights)
+    module.eval()
+    return f"{steps} steps, {epoch} epochs, best {best_epoch}"
+
+
+def batched(function, X, rows=10_000):
+    """Return `function` of float32 rows as float64 arrays, part by part."""
+    parts = torch.as_tensor(X, dtype=torch.float32).split(rows)
+    with torch.no_grad():
+        return torch.cat([function(part) for part in parts]).double().numpy()
+
+
+def zuko_flow(make, learning_rate):
+    """Return a method that trains one of zuko's flows."""
+
+    def fit(X, budget, seed):
+        torch.manual_seed(seed)
+        flow = make(X.shape[1])
+        note = train(
+            flow, lambda x: flow().log_prob(x), X, budget, seed, learning_rate
+        )
+
+        def sample(n):
+            with torch.no_grad():
+                return flow().sample((n,)).numpy()
+
+        exact(flow)
+        return Fitted(
+            lambda X: batched(flow().log_prob, X), sample, note, flow=ZukoScore(flow)
+        )
+
+    return fit
+
+
+def exact(flow):
+    if hasattr(flow.transform, "ode"):
+        flow.transform.exact = True
+
+
+@dataclass(frozen=True)
+class ZukoScore:
+    """The log-density of zuko's CNF at a tolerance."""
+
+    flow: Any
+
+    def __call__(self, x, tol):
+        flow = copy.deepcopy(self.flow).to(x.dtype)
+        flow.transform.rtol = flow.transform.atol = tol
+        with torch.no_grad():
+            return flow().log_prob(x)
+
+
+def nsf(features):
+    import zuko
+
+    return zuko.flows.NSF(features, transforms=3, hidden_features=HIDDEN)
+
+
+def maf(features):
+    import zuko
+
+    return zuko.flows.MAF(features, transforms=3, hidden_features=HIDDEN)
+
+
+def cnf(features):
+    import zuko
+
+    return zuko.flows.CNF(
+        features, hidden_features=HIDDEN, exact=features <= EXACT_UP_TO
+    )
+
+
+def fit_ffjord(X, budget, seed):
+    from density_ffjord import FFJORD
+
+    torch.manual_seed(seed)
+    flow = FFJORD(X.shape[1], HIDDEN, exact=X.shape[1] <= EXACT_UP_TO)
+    note = train(flow, flow.log_density, X, budget, seed, learning_rate=LEARNING["ffjord"])
+    flow.exact = True
+
+    def score(x, tol):
+        twin = copy.deepcopy(flow).to(x.dtype)
+        twin.tol = tol
+        with torch.no_grad():
+            return twin.log_density(x)
+
+    def sample(n):
+        with torch.no_grad():
+            return flow.sample(n).numpy()
+
+    return Fitted(lambda X: batched(flow.log_density, X), sample, note, flow=score)
+
+
+def fit_skode(X, budget, seed):
+    import skode
+
+    estimator = skode.CNFDensityEstimator(random_state=seed).fit(X)
+
+    def score(x, tol):
+        twin = copy.deepcopy(estimator).set_params(rtol=tol, atol=tol)
+        return torch.as_tensor(twin.score_samples(x.numpy()))
+
+    return Fitted(
+        estimator.score_samples,
+        lambda n: estimator.sample(n, random_state=seed),
+        f"{estimator.n_iter_} iterations",
+        flow=score,
+    )
+
+
+LEARNING = {"nsf": 1e-3, "maf": 1e-3, "cnf": 1e-3, "ffjord": 1e-3}
+METHODS = {
+    "kde": fit_kde,
+    "gmm-bic": fit_gmm_bic,
+    "gmm-cv": fit_gmm_cv,
+    "zuko-nsf": zuko_flow(nsf, LEARNING["nsf"]),
+    "zuko-maf": zuko_flow(maf, LEARNING["maf"]),
+    "zuko-cnf": zuko_flow(cnf, LEARNING["cnf"]),
+    "ffjord": fit_ffjord,
+    "skode": fit_skode,
+}
