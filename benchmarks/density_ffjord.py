@@ -8,6 +8,7 @@ Shapes: B rows, D columns.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -34,9 +35,7 @@ class Dynamics(nn.Module):
     def __init__(self, features, hidden):
         super().__init__()
         widths = (features, *hidden, features)
-        self.layers = nn.ModuleList(
-            ConcatSquash(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(ConcatSquash(a, b) for a, b in pairwise(widths))
         self.probe = None  # (B, D), or None: the exact trace
 
     def velocity(self, t, x):
@@ -96,6 +95,4 @@ class FFJORD(nn.Module):
         """Return n rows drawn from the density."""
         z = torch.randn(n, self.features)
         back = self.times.flip(0)
-        return odeint(
-            self.dynamics.velocity, z, back, rtol=self.tol, atol=self.tol
-        )[-1]
+        return odeint(self.dynamics.velocity, z, back, rtol=self.tol, atol=self.tol)[-1]
