@@ -911,7 +911,9 @@ def _likelihood(est, generator):
         jacobian=est.jacobian_penalty,
         error=est.error_penalty,
     )
-    return Likelihood(est.module_, penalties, probes, _GRID_TOLERANCE, generator)
+    return Likelihood(
+        est.module_, penalties, probes, _GRID_TOLERANCE, generator, bool(est.compile)
+    )
 
 
 def _objective(est, name, likelihood, table):
