@@ -68,10 +68,13 @@ class FlowField(nn.Module):
         self.shifts = nn.ParameterList()
         widths = (dim + context, *hidden, dim)
         for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            # States are about one in every direction, and so are pre-activations.
-            # The first layer's offsets spread its kinks over where the data are.
-            spread = 0.0 if i == len(hidden) else 1.0 if i == 0 else 0.3
-            scale = spread and 1 / math.sqrt(fan_in)
+            # States are about one in every direction. The first layer cuts them into
+            # pieces some thirds of that, anywhere the data are: wider ones are slow to
+            # learn edges. The last layer moves nothing yet.
+            scale, spread = (3.0, 2.0) if i == 0 else (1.0, 0.3)
+            if i == len(hidden):
+                scale = spread = 0.0
+            scale /= math.sqrt(fan_in)
             for params, std in (
                 (self.weights, torch.full((fan_out, fan_in), scale)),
                 (self.biases, torch.full((fan_out,), spread)),
