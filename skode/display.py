@@ -8,6 +8,7 @@ import inspect
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import gaussian_filter
 from sklearn.base import is_outlier_detector
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
@@ -21,7 +22,8 @@ _MOST_COLUMNS = 5
 """Of a picture of pairs, unless columns are chosen."""
 _MARGIN = 0.1
 """Of the range of the data, on each side of it."""
-_BINS = 40
+_SHADES = "#e3edf3", "#5b94b8"
+_WHEEL = MODEL, "#6a994e", "#e9b44c", DATA, "#8e5572", MODEL
 _CURVE = 5
 """Points of a curve, for each point along an axis of a plane."""
 
@@ -231,7 +233,8 @@ class DensityDisplay:
 
     def _draw_curve(self, density_kw, data_kw):
         (grid,), ax = self.grid, self.ax_
-        _histogram(ax, self.data[:, 0], _ends(grid), data_kw)
+        bins = _bins(len(self.data), _ends(grid))
+        _histogram(ax, self.data[:, 0], bins, data_kw)
         rug = {"color": DATA, "alpha": 0.4, "linestyle": "none", "marker": "|"}
         at_the_bottom = ax.get_xaxis_transform()
         ax.plot(
@@ -249,11 +252,10 @@ class DensityDisplay:
         for row, column in zip(*np.tril_indices(k), strict=True):
             ax = self.ax_[row, column]
             if row == column:
-                _histogram(
-                    ax, self.data[:, row], limits[row], data_kw if k == 1 else {}
-                )
+                bins = _bins(len(self.data), limits[row])
+                _histogram(ax, self.data[:, row], bins, data_kw if k == 1 else {})
                 outline = {"color": MODEL, "histtype": "step", "label": "samples"}
-                _histogram(ax, self.samples[:, row], limits[row], outline)
+                _histogram(ax, self.samples[:, row], bins, {**outline, "alpha": 1.0})
                 ax.set_yticks([])
             else:
                 x, y = self.samples[:, [column, row]].T
@@ -267,17 +269,17 @@ class DensityDisplay:
                 ax.set_xlabel(names[column])
             if column == 0 < row:
                 ax.set_ylabel(names[row])
-        self.ax_[0, 0].legend(
-            frameon=False,
-            loc="upper left",
-            bbox_to_anchor=(1.0, 1.0) if k > 1 else None,
-        )
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if k > 1 else {}
+        legend = self.ax_[0, 0].legend(frameon=False, **place)
+        legend.set_in_layout(False)  # the panels beside it are empty
 
 
 class FlowDisplay:
     """The way of rows from the base, t = 0, to the data, t = 1.
 
-    Make one with `from_estimator`.
+    Make one with `from_estimator`. All times are drawn in the units of the data, so
+    that what `marginals` and `standardize` do is done at t = 0 already. With
+    ``marginals=None`` the base is a normal distribution in the picture, too.
 
     Parameters
     ----------
@@ -476,14 +478,14 @@ class FlowDisplay:
         names, k = self.feature_names, len(self.feature_names)
         limits = [_limits(column) for column in self.paths.reshape(-1, k).T]
         at = np.linspace(0, len(self.t) - 1, len(self.ax_)).round().astype(int)
-        dots = {"s": 8, "linewidths": 0, "cmap": "twilight_shifted"}
-        dots |= {"c": _angles(self.paths[:, 0]), "vmin": -np.pi, "vmax": np.pi}
-        if {"c", "color"} & scatter_kw.keys():
-            dots = {"s": 8, "linewidths": 0}
+        dots = {"s": 8, "linewidths": 0}
+        if not {"c", "color"} & scatter_kw.keys():
+            dots["c"] = _hues(self.paths[:, 0])
         for ax, index in zip(self.ax_, at, strict=True):
             rows = self.paths[:, index]
             if k == 1:
-                _histogram(ax, rows[:, 0], limits[0], {"color": MODEL, "label": None})
+                bins = _bins(len(rows), limits[0])
+                _histogram(ax, rows[:, 0], bins, {"color": MODEL, "label": None})
                 ax.set_yticks([])
             else:
                 ax.scatter(*rows.T, **{**dots, **scatter_kw})
@@ -505,8 +507,12 @@ def _rows_seen(estimator, X):
         if X is not None and len(before):
             X = before.transform(X)
     n_features = getattr(estimator, "n_features_in_", None)
-    names = getattr(X, "columns", getattr(estimator, "feature_names_in_", None))
-    data = None
+    known = getattr(estimator, "feature_names_in_", None)
+    names, data = getattr(X, "columns", known), None
+    if known is not None and list(names) != list(known):
+        raise ValueError(
+            f"X must have the columns of fit, {list(known)}, got {list(names)}."
+        )
     if X is not None:
         data = np.asarray(X, dtype=np.float64)
         if data.ndim != 2 or data.shape[1] != (n_features or data.shape[1]):
@@ -580,6 +586,7 @@ def _repeated(y, n_rows):
 def _panels(ax, n_rows, n_columns, size, triangle=False):
     """Return axes of shape (n_rows, n_columns): new, given, or in place of given."""
     import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
     from matplotlib.gridspec import GridSpecFromSubplotSpec
 
     shape, above = (n_rows, n_columns), np.zeros((n_rows, n_columns), dtype=bool)
@@ -588,10 +595,10 @@ def _panels(ax, n_rows, n_columns, size, triangle=False):
     if ax is None:
         one = n_rows == n_columns == 1
         figsize = (5.6, 4.2) if one else (size * n_columns, size * n_rows)
-        figure, panels = plt.subplots(
+        _, panels = plt.subplots(
             *shape, squeeze=False, figsize=figsize, layout="constrained"
         )
-    elif not isinstance(ax, plt.Axes):
+    elif not isinstance(ax, Axes):
         panels = np.asarray(ax, dtype=object)
         if panels.size != n_rows * n_columns:
             raise ValueError(
@@ -602,6 +609,11 @@ def _panels(ax, n_rows, n_columns, size, triangle=False):
     elif n_rows == n_columns == 1:
         return np.array([[ax]], dtype=object)
     else:
+        if ax.get_subplotspec() is None:
+            raise ValueError(
+                "ax must be axes of a grid, such as subplots makes, to give up their "
+                "place to several panels."
+            )
         ax.set_axis_off()
         inner = GridSpecFromSubplotSpec(*shape, subplot_spec=ax.get_subplotspec())
         panels = inner.subplots(squeeze=False)
@@ -622,36 +634,34 @@ def _ends(grid):
     return grid[0], grid[-1]
 
 
-def _histogram(ax, values, limits, style):
-    """Draw shares of all values, of which some may lie outside the limits."""
-    edges = np.linspace(*limits, _BINS + 1)
-    weights = np.full(len(values), 1.0 / (len(values) * (edges[1] - edges[0])))
-    style = {"color": DATA, "alpha": 0.35, "label": "data", **style}
-    if style.get("histtype") == "step":
-        style["alpha"] = 1.0
-    ax.hist(values, bins=edges, weights=weights, **style)
+def _bins(n_rows, limits):
+    """Return edges of bins that hold enough rows to be quiet."""
+    return np.linspace(*limits, int(np.clip(2.5 * np.cbrt(n_rows), 10, 60)) + 1)
+
+
+def _histogram(ax, values, bins, style):
+    """Draw shares of all values, of which some may lie outside the bins."""
+    style = {"bins": bins, "color": DATA, "alpha": 0.35, "label": "data", **style}
+    limits = bins[0], bins[-1]
+    counts, bins = np.histogram(values, style.pop("bins"), range=limits)
+    ax.hist(bins[:-1], bins, weights=counts / (len(values) * np.diff(bins)), **style)
 
 
 def _dots(ax, rows, style):
     # Many rows would hide the density under them.
-    size = float(np.clip(3000 / len(rows), 2.0, 12.0))
-    style = {"s": size, "color": DATA, "alpha": 0.6, "linewidths": 0, **style}
+    size = float(np.clip(4000 / len(rows), 3.0, 12.0))
+    style = {"s": size, "color": DATA, "alpha": 0.7, "linewidths": 0, **style}
     ax.scatter(*rows.T, **style)
 
 
 def _regions(ax, x, y, density, levels, style):
     """Fill the regions of highest density that hold given shares of the whole."""
     heights = np.unique([*_heights(density, levels), density.max()])
-    if len(heights) < 2:
+    if len(heights) < 2:  # the same everywhere
         return
-    if "colors" not in style:
-        style = {"cmap": _pale(), **style}
-    # One colour for each share, not for each height, of which most are nearly zero.
-    from matplotlib.colors import BoundaryNorm
-
-    n = len(heights) - 1
-    if "cmap" in style:
-        style = {"norm": BoundaryNorm(heights, n), **style}
+    if not {"colors", "cmap"} & style.keys():
+        # Evenly spaced by share: by height, all but the innermost would look the same.
+        style = {"colors": _shades(len(heights) - 1), **style}
     ax.contourf(x, y, density, levels=heights, **style)
 
 
@@ -664,25 +674,27 @@ def _heights(density, levels):
 
 def _smooth_histogram(x, y, x_limits, y_limits):
     """Return grids along both axes, and the density of samples there."""
-    from scipy.ndimage import gaussian_filter
-
     edges = [np.linspace(*limits, 81) for limits in (x_limits, y_limits)]
     counts, *_ = np.histogram2d(x, y, bins=edges)
     centres = [(edge[1:] + edge[:-1]) / 2 for edge in edges]
     return (*centres, gaussian_filter(counts.T, 2.0))
 
 
-def _angles(starts):
-    """Return the direction of each start from the middle of all, which is its colour."""
-    centred = (starts - starts.mean(axis=0)) / starts.std(axis=0)
-    return np.arctan2(centred[:, -1], centred[:, 0])
-
-
-def _pale():
-    """Return a colour map from nearly white to the colour of the model."""
+def _hues(starts):
+    """Return a colour for each start: its direction from the middle of all."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("skode", ["#e3edf3", MODEL])
+    centred = (starts - starts.mean(axis=0)) / starts.std(axis=0)
+    turns = np.arctan2(centred[:, -1], centred[:, 0]) / (2 * np.pi)
+    wheel = LinearSegmentedColormap.from_list("wheel", _WHEEL)
+    return wheel(turns % 1.0)
+
+
+def _shades(n):
+    """Return n colours, from nearly white to that of the model."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("shades", _SHADES)(np.linspace(0, 1, n))
 
 
 def _check_levels(levels):
