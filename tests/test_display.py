@@ -77,7 +77,7 @@ def test_one_column_is_a_curve_over_a_histogram_and_a_rug(flows):
     assert display.figure_ is display.ax_.figure
     assert display.ax_.get_xlabel() == "x0"
     rug, curve = display.ax_.lines
-    np.testing.assert_array_equal(rug.get_xdata()[:, 0], X[:, 0])
+    np.testing.assert_array_equal(rug.get_xdata(), X[:, 0])
     np.testing.assert_array_equal(curve.get_ydata(), np.exp(display.log_density))
     bars = display.ax_.patches
     assert sum(bar.get_height() * bar.get_width() for bar in bars) == pytest.approx(1)
