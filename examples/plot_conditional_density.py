@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import norm
 from sklearn.datasets import load_diabetes, load_iris
@@ -34,16 +35,18 @@ torch.set_num_threads(1)  # more do not help on tables this small
 # %%
 # Given a label
 # -------------
-# Iris: petals of three species. With ``conditional=True`` one flow learns the density of
-# rows given the species; labels may be strings.
+# Iris: petals of three species. With ``conditional=True`` one flow learns the density
+# of rows given the species; labels may be strings. The table is small, therefore
+# ``early_stopping=True``.
 
 iris = load_iris(as_frame=True)
 petals = iris.data[["petal length (cm)", "petal width (cm)"]]
 species = iris.target_names[iris.target]
 
-flow = CNFDensityEstimator(conditional=True, random_state=0).fit(petals, species)
+flow = CNFDensityEstimator(conditional=True, early_stopping=True, random_state=0)
+flow.fit(petals, species)
 print("A petal of 4.9 cm by 1.7 cm: log-density in nats")
-petal = petals.iloc[:1].assign(**{name: [v] for name, v in zip(petals, (4.9, 1.7))})
+petal = pd.DataFrame([[4.9, 1.7]], columns=petals.columns)
 for name in flow.classes_:
     print(f"{name:>12} {flow.score_samples(petal, [name])[0]:8.2f}")
 
@@ -87,7 +90,7 @@ table = load_diabetes(as_frame=True, scaled=False)
 progression = table.target.to_frame("progression")
 bmi = table.data[["bmi"]].to_numpy()
 
-by_bmi = CNFDensityEstimator(conditional=True, random_state=0)
+by_bmi = CNFDensityEstimator(conditional=True, early_stopping=True, random_state=0)
 flows, lines = [], []
 for train, test in KFold(5, shuffle=True, random_state=0).split(bmi):
     now, later = progression.iloc[train], progression.iloc[test]
@@ -108,7 +111,7 @@ by_bmi.fit(progression, bmi)
 print("\nProgression given BMI: quantiles of 5,000 samples")
 print(f"{'BMI':>12} {'5 %':>8} {'50 %':>8} {'95 %':>8}")
 for value in (20, 26, 32):
-    samples = by_bmi.sample(5000, random_state=0, y=[value])
+    samples = by_bmi.sample(5000, random_state=0, y=value)
     quantiles = np.quantile(samples, [0.05, 0.5, 0.95])
     print(f"{value:12}" + "".join(f"{q:9.0f}" for q in quantiles))
 
