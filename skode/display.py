@@ -20,7 +20,7 @@ __all__ = ["DensityDisplay", "FlowDisplay"]
 MODEL, DATA, START = "#2a6f97", "#d1603d", "#8d99ae"
 _MOST_COLUMNS = 5
 """Of a picture of pairs, unless columns are chosen."""
-_MARGIN = 0.15
+_MARGIN = 0.2
 """Of the range of the data, on each side of it."""
 _SHADES = "#e3edf3", "#5b94b8"
 _WHEEL = MODEL, "#6a994e", "#e9b44c", DATA, "#8e5572", MODEL
