@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import norm
+from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.linear_model import LinearRegression
@@ -70,8 +71,8 @@ folds = StratifiedKFold(3, shuffle=True, random_state=0)
 right = np.zeros(len(species), dtype=bool)
 for train, test in folds.split(petals, species):
     labels, counts = np.unique(species[train], return_counts=True)
-    flow.fit(petals.iloc[train], species[train])
-    found = bayes(flow, petals.iloc[test], dict(zip(labels, counts, strict=True)))
+    fold = clone(flow).fit(petals.iloc[train], species[train])
+    found = bayes(fold, petals.iloc[test], dict(zip(labels, counts, strict=True)))
     right[test] = found == species[test]
 quadratic = QuadraticDiscriminantAnalysis()
 accuracy = cross_val_score(quadratic, petals, species, cv=folds).mean()
@@ -121,7 +122,6 @@ for value in (20, 26, 32):
 # Above: the density of petals given each species, and its rows. Below: the density of
 # the progression given three values of BMI, and the rows with a BMI within 1.5 of them.
 
-flow.fit(petals, species)
 plt.rcParams.update(
     {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"}
 )
@@ -129,11 +129,12 @@ fig, (above, below) = plt.subplots(
     2, 3, figsize=(10.5, 6.8), layout="constrained", sharex="row", sharey="row"
 )
 for axes, name in zip(above, flow.classes_, strict=True):
-    DensityDisplay.from_estimator(flow, petals[species == name], y=name, ax=axes)
+    rows = petals[species == name]
+    DensityDisplay.from_estimator(flow, rows, y=name, kind="density", ax=axes)
     axes.set_title(f"petals given {name}")
 for axes, value in zip(below, (20, 26, 32), strict=True):
-    near = progression[np.abs(bmi[:, 0] - value) < 1.5]
-    DensityDisplay.from_estimator(by_bmi, near, y=[value], ax=axes)
+    rows = progression[np.abs(bmi[:, 0] - value) < 1.5]
+    DensityDisplay.from_estimator(by_bmi, rows, y=value, kind="density", ax=axes)
     axes.set_title(f"progression given BMI {value}")
 for axes in (*above[1:], *below[1:]):
     axes.set_ylabel("")

@@ -5,6 +5,7 @@ imported late, since it may be missing.
 """
 
 import inspect
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,8 @@ __all__ = ["DensityDisplay", "FlowDisplay"]
 MODEL, DATA, START = "#2a6f97", "#d1603d", "#8d99ae"
 _MOST_COLUMNS = 5
 """Of a picture of pairs, unless columns are chosen."""
+_STEEP, _MOST_UNSEEN = 2.0, 0.05
+"""Nats over half a step of a grid, at a share of the rows: the grid is too coarse."""
 _MARGIN = 0.2
 """Of the range of the data, on each side of it."""
 _SHADES = "#e3edf3", "#5b94b8"
@@ -37,7 +40,8 @@ class DensityDisplay:
     - one column: the density as a curve, over a histogram and a rug of the rows;
     - two: the density as regions that hold given shares of its probability, under the
       rows;
-    - some columns of more, whose density would be an integral: samples of the model
+    - some columns of more, whose density would be an integral, and columns with
+      repeated values, at which it is a peak too narrow to draw: samples of the model
       beside the rows, as histograms of each column and a plane for each pair.
 
     Parameters
@@ -95,6 +99,7 @@ class DensityDisplay:
         *,
         y=None,
         columns=None,
+        kind="auto",
         grid_resolution=100,
         n_samples=5000,
         random_state=None,
@@ -120,10 +125,15 @@ class DensityDisplay:
         columns : sequence of int or str, default=None
             Which columns to draw, by position or name; None: all of them, but the first
             five of more.
+        kind : {"auto", "density", "samples"}, default="auto"
+            "density": the density at the points of a grid, for models of one or two
+            columns. "samples": rows drawn from the model, for any. "auto": the density,
+            but samples of more columns, and where the grid is too coarse for it, as
+            for narrow peaks at values that many rows share.
         grid_resolution : int, default=100
             Points along each axis of a plane; a curve has five times as many.
         n_samples : int, default=5000
-            Rows to draw from a model of more columns than are drawn, or than two.
+            How many rows to draw from the model for a picture of samples.
         random_state : int, RandomState instance or None, default=None
             Of these rows.
         ax : matplotlib Axes or array-like of Axes, default=None
@@ -156,23 +166,33 @@ class DensityDisplay:
                 f"{type(estimator).__name__} has no log-density to draw: pass a "
                 "density estimator, such as CNFDensityEstimator or GaussianMixture."
             )
+        if kind not in ("auto", "density", "samples"):
+            raise ValueError(
+                f"kind must be 'auto', 'density' or 'samples', got {kind!r}."
+            )
         chosen = _positions(columns, names)
+        whole = len(names) <= 2 and sorted(chosen) == list(range(len(names)))
+        if kind == "density" and not whole:
+            raise ValueError(
+                f"kind='density' draws all columns of a model of one or two, not "
+                f"{len(chosen)} of {len(names)}: kind='samples' draws those."
+            )
         shown = {
             "data": data[:, chosen],
             "feature_names": [names[column] for column in chosen],
         }
-        if len(names) <= 2 and sorted(chosen) == list(range(len(names))):
+        if whole and kind != "samples":
             points = grid_resolution * (_CURVE if len(chosen) == 1 else 1)
-            shown["grid"] = tuple(
+            grid = tuple(
                 np.linspace(*_limits(column), points) for column in shown["data"].T
             )
-            mesh = np.stack(np.meshgrid(*shown["grid"]), axis=-1)  # (G, G, 2) or (G, 1)
-            rows = mesh.reshape(-1, len(chosen))[:, np.argsort(chosen)]
-            log_density = _log_density(estimator, rows, y)
-            shown["log_density"] = log_density.reshape(mesh.shape[:-1])
-        else:
-            drawn = _draw(estimator, n_samples, random_state, y)
-            shown["samples"] = drawn[:, chosen]
+            model = _Density(estimator, np.argsort(chosen), y)
+            must = kind == "density" or not hasattr(estimator, "sample")
+            if must or _is_seen(model, grid, shown["data"]):
+                shown["grid"] = grid
+                shown["log_density"] = model(np.stack(np.meshgrid(*grid), axis=-1))
+        if "grid" not in shown:
+            shown["samples"] = _draw(estimator, n_samples, random_state, y)[:, chosen]
         return cls(**shown).plot(
             ax=ax, levels=levels, density_kw=density_kw, data_kw=data_kw
         )
@@ -555,9 +575,31 @@ def _labelled(estimator, rows):
     return rows if names is None else pd.DataFrame(rows, columns=names)
 
 
-def _log_density(estimator, rows, y):
-    given = {} if y is None else {"y": _repeated(y, len(rows))}
-    return np.asarray(estimator.score_samples(_labelled(estimator, rows), **given))
+@dataclass(frozen=True, slots=True)
+class _Density:
+    """The log-density of a model, given y, of points in the order that is drawn."""
+
+    estimator: object
+    order: np.ndarray
+    y: object
+
+    def __call__(self, points):
+        """Return (...,) for points of shape (..., k)."""
+        rows = points.reshape(-1, len(self.order))[:, self.order]
+        given = {} if self.y is None else {"y": _repeated(self.y, len(rows))}
+        log_density = self.estimator.score_samples(
+            _labelled(self.estimator, rows), **given
+        )
+        return np.asarray(log_density).reshape(points.shape[:-1])
+
+
+def _is_seen(model, grid, data):
+    """Whether a grid is fine enough: a peak at a repeated value would fall through."""
+    some = data[np.linspace(0, len(data) - 1, min(len(data), 500)).astype(int)]
+    half_a_step = [(axis[1] - axis[0]) / 2 for axis in grid]
+    with np.errstate(invalid="ignore"):  # no density at either point: no fall
+        falls = np.abs(model(some) - model(some + half_a_step))
+    return np.mean(falls > _STEEP) < _MOST_UNSEEN
 
 
 def _draw(estimator, n_samples, random_state, y):

@@ -135,6 +135,23 @@ def test_more_columns_are_pairs_of_samples_and_rows(flows):
     assert [ax.get_xlabel() for ax in display.ax_[3]] == ["x0", "x1", "x2", "x3"]
 
 
+def test_repeated_values_are_drawn_by_samples():
+    X = rows(1, n_rows=200)
+    X[:80] = 0.0  # a peak that no grid sees
+    flow = CNFDensityEstimator(**QUICK).fit(X)
+    display = DensityDisplay.from_estimator(flow, X, random_state=0)
+    assert display.log_density is None
+    assert 0.3 < np.mean(display.samples == 0) < 0.5
+    peakless = DensityDisplay.from_estimator(flow, X, kind="density")
+    assert mass(peakless) < 0.8
+
+
+def test_samples_may_be_asked_for(flows):
+    display = DensityDisplay.from_estimator(flows[2], rows(2), kind="samples")
+    assert display.samples.shape == (5000, 2)
+    assert display.ax_.shape == (2, 2)
+
+
 @pytest.mark.parametrize("columns", [["width", "depth"], [1, 3], np.array([1, 3])])
 def test_columns_are_chosen_by_name_and_position(columns):
     X = frame(4)
@@ -174,7 +191,7 @@ def test_other_density_estimators(other, n_features):
 def test_frames_are_passed_on_as_frames_and_name_the_axes():
     X = frame(2)
     flow = CNFDensityEstimator(**QUICK).fit(X)
-    display = DensityDisplay.from_estimator(flow, X, grid_resolution=5)
+    display = DensityDisplay.from_estimator(flow, X, grid_resolution=30)
     assert display.ax_.get_ylabel() == "width"
     with pytest.raises(ValueError, match="X must have the columns of fit"):
         DensityDisplay.from_estimator(flow, X[["width", "length"]])
@@ -223,6 +240,22 @@ def test_covariates_of_a_conditional_density():
     assert FlowDisplay.from_estimator(flow, y=[1.0, 2.0]).paths.shape == (300, 41, 1)
 
 
+def test_no_density_at_some_rows_is_no_peak():
+    X = rows(1)
+    model = KernelDensity(kernel="tophat", bandwidth=2.0).fit(X[:20])
+    display = DensityDisplay.from_estimator(model, X)
+    assert np.isneginf(display.log_density).any()
+    assert mass(display) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_density_without_samples_is_always_drawn():
+    X = rows(2)
+    X[:30] = 0.0
+    analysis = PCA(1).fit(np.column_stack([X[:, 0], X[:, 0] + 1e-3 * X[:, 1]]))
+    display = DensityDisplay.from_estimator(analysis, X)
+    assert display.samples is None
+
+
 def test_a_density_without_samples_is_refused_for_pairs():
     X = rows(3)
     analysis = PCA(2).fit(X)  # has score_samples, but no sample
@@ -251,6 +284,8 @@ def test_an_estimator_must_be_fitted(display):
         ({"columns": [-1]}, "columns must be positions below 2"),
         ({"columns": "width"}, "columns must be positions below 2 or names"),
         ({"columns": []}, "columns must be positions"),
+        ({"kind": "curve"}, "kind must be 'auto', 'density' or 'samples'"),
+        ({"kind": "density", "columns": [0]}, "kind='samples' draws those"),
         ({"grid_resolution": 1}, "grid_resolution must be at least 2"),
         ({"levels": (0.5, 1.0)}, "levels must be shares"),
         ({"ax": np.empty(3, dtype=object)}, "ax must be axes, or an array"),
