@@ -119,8 +119,9 @@ for value in (20, 26, 32):
 # %%
 # The picture
 # -----------
-# Above: the density of petals given each species, and its rows. Below: the density of
-# the progression given three values of BMI, and the rows with a BMI within 1.5 of them.
+# Above: the density of petals given each species, and its rows. The thin line is a
+# width of 0.2 cm, which half of the setosas share. Below: the density of the
+# progression given three values of BMI, and the rows with a BMI within 1.5 of them.
 
 plt.rcParams.update(
     {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"}

@@ -23,8 +23,6 @@ _MOST_COLUMNS = 5
 """Of a picture of pairs, unless columns are chosen."""
 _STEEP, _MOST_UNSEEN = 2.0, 0.05
 """Nats over half a step of a grid, at a share of the rows: the grid is too coarse."""
-_MARGIN = 0.2
-"""Of the range of the data, on each side of it."""
 _SHADES = "#e3edf3", "#5b94b8"
 _WHEEL = MODEL, "#6a994e", "#e9b44c", DATA, "#8e5572", MODEL
 _CURVE = 5
@@ -496,7 +494,7 @@ class FlowDisplay:
 
     def _draw_snapshots(self, scatter_kw):
         names, k = self.feature_names, len(self.feature_names)
-        limits = [_limits(column) for column in self.paths.reshape(-1, k).T]
+        limits = [_limits(column, 0.05) for column in self.paths.reshape(-1, k).T]
         at = np.linspace(0, len(self.t) - 1, len(self.ax_)).round().astype(int)
         dots = {"s": 8, "linewidths": 0}
         if not {"c", "color"} & scatter_kw.keys():
@@ -665,10 +663,10 @@ def _panels(ax, n_rows, n_columns, size, triangle=False):
     return panels
 
 
-def _limits(values):
-    """Return the range of the values, and a margin."""
+def _limits(values, margin=0.2):
+    """Return the range of the values, and a margin on each side, a share of it."""
     low, high = values.min(), values.max()
-    margin = _MARGIN * (high - low) or 0.5
+    margin = margin * (high - low) or 0.5
     return low - margin, high + margin
 
 
