@@ -12,7 +12,7 @@ it can be seen:
 3. draw the flow and the density.
 
 Run it with ``python examples/plot_flow.py``, after which the name of another picture
-may stand. It takes about a quarter of a minute on one core.
+may stand. It takes about ten seconds on one core.
 """
 
 # %%

@@ -11,7 +11,7 @@ values are missing here, as they are in tables that people fill in. Benign ones 
 for past cases; among the new cases a few are malignant, whose like no model has seen.
 
 Run it with ``python examples/plot_outliers.py``, after which the name of another
-picture may stand. It takes about a quarter of a minute on one core.
+picture may stand. It takes about ten seconds on one core.
 """
 
 # %%
