@@ -113,7 +113,7 @@ class CNFDensityEstimator(
         "adaptive_heun", "dopri8". Fixed step: "euler", "midpoint", "heun2", "rk4". All
         others of torchdiffeq and SciPy by their names, row by row and therefore slowly.
         May be changed after `fit`.
-    rtol : float, default=1e-3
+    rtol : float, default=1e-4
         Relative tolerance of the local error of each step, which each row meets with
         steps of its own. May be changed after `fit`.
     atol : float or None, default=None
@@ -286,7 +286,7 @@ class CNFDensityEstimator(
         dequantize=False,
         contamination=0.1,
         solver="dopri5",
-        rtol=1e-3,
+        rtol=1e-4,
         atol=None,
         step_size=None,
         max_steps=1000,
@@ -890,16 +890,20 @@ def _tables(est, X, context, weight, device, generator, holds_out):
     ]
     noise = _noise(est, weight)
     x = to_tensor(np.stack(copies), device, dtype)
-    return Table(x, *tensors(index), noise, generator), held
+    covariates = context is not None and est._conditions.labels is None
+    context_noise = noise if covariates else 0.0
+    return Table(x, *tensors(index), noise, context_noise, generator), held
 
 
 def _smoothing(est, weight):
     """Return the rate at which the error of a density estimate falls with the rows.
 
-    n^(-4 / (4 + D)), that of the best kernel density estimate in D dimensions. Few rows
-    in many columns ask for strong regularisation, many in few for none.
+    n^(-4 / (4 + D)), that of the best kernel density estimate in D dimensions, those of
+    covariates among them. Few rows in many columns ask for strong regularisation, many
+    in few for none.
     """
-    return weight.sum() ** (-4 / (4 + est.n_features_in_))
+    field = est.module_.field
+    return weight.sum() ** (-4 / (4 + field.dim + field.context))
 
 
 def _noise(est, weight):

@@ -72,10 +72,10 @@ class Conditions:
     def repeated(self, y: object, n_rows: int) -> np.ndarray:
         """Return y for so many rows: itself, or, of a single one, copies."""
         values = np.asarray(y)
-        single = values.ndim == 0 or (
-            self.labels is None and values.ndim == 1 and len(self.shift) > 1
-        )
-        return np.repeat(values[None], n_rows, axis=0) if single else values
+        several = self.labels is None and len(self.shift) > 1
+        if values.ndim == 0 or (values.ndim == 1 and several):
+            values = values[None]
+        return np.repeat(values, n_rows, axis=0) if len(values) == 1 else values
 
 
 def _check_length(values: np.ndarray, n_rows: int) -> None:

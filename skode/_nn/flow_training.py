@@ -19,6 +19,9 @@ _FIRST_STEPS, _MOST_STEPS = 3, 32
 _GROWTH = 1.2
 _WATCH_EVERY, _WATCHED_ROWS = 20, 256
 _EASY = 1 / 6
+_FAST, _DIGITS, _RAREST = 1e3, 6, 1e-6
+"""Turns of the noise per unit of a row, the digits of a row that it depends on, since
+the rest is rounding, and the share that its ends are cut at."""
 """Steps are taken back where the error is below that share of the tolerance."""
 
 
@@ -57,6 +60,8 @@ class Table:
         How much each row counts.
     noise : float
         Standard deviation of what is added to each batch.
+    context_noise : float
+        That of what is added to its contexts.
     generator : torch.Generator
         Chooses the copy, and draws the noise.
     """
@@ -65,6 +70,7 @@ class Table:
     context: Tensor | None
     weight: Tensor
     noise: float
+    context_noise: float
     generator: torch.Generator
 
     def __len__(self) -> int:
@@ -74,12 +80,28 @@ class Table:
     def batch(self, rows: Tensor) -> Batch:
         """Return the rows of these indices."""
         copy = int(torch.randint(len(self.copies), (1,), generator=self.generator))
-        x = self.copies[copy].index_select(0, rows)
-        if self.noise > 0:
-            drawn = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
-            x.add_(drawn.to(x.device), alpha=self.noise)
-        context = None if self.context is None else self.context.index_select(0, rows)
+        x = self._noisy(self.copies[copy].index_select(0, rows), self.noise)
+        context = self.context
+        if context is not None:
+            context = self._noisy(context.index_select(0, rows), self.context_noise)
         return Batch(x, context, self.weight.index_select(0, rows))
+
+    def _noisy(self, x: Tensor, std: float) -> Tensor:
+        """Return x (B, D) with normal noise, which is drawn as a function of x.
+
+        It varies so fast that nearby rows know nothing of each other's, but rows that
+        are equal get equal noise: a row of weight two is two rows.
+        """
+        if std == 0:
+            return x
+        dim = x.shape[1]
+        waves = torch.randn(dim, dim, generator=self.generator, dtype=x.dtype)
+        phases = torch.rand(dim, generator=self.generator, dtype=x.dtype)
+        known = torch.round(x, decimals=_DIGITS)
+        turns = torch.addmm(phases.to(x.device), known, waves.to(x.device), alpha=_FAST)
+        share = turns.frac().abs().clamp(_RAREST, 1 - _RAREST)
+        noise: Tensor = torch.special.ndtri(share)
+        return x + std * noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +155,7 @@ class Likelihood:
     def __call__(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch; look after the grid from time to time."""
         if self._batches % _WATCH_EVERY == 0:
-            few = batch.first(_WATCHED_ROWS)
-            self._watch(few.x, few.context)
+            self._watch(batch.first(_WATCHED_ROWS))
         self._batches += 1
         x, context = batch.x, batch.context
         dynamics = self._dynamics(x, penalised=True)
@@ -160,13 +181,13 @@ class Likelihood:
             )
             return log_normal(z) + traces.mean(dim=1)
 
-    def _watch(self, x: Tensor, context: Tensor | None) -> None:
+    def _watch(self, batch: Batch) -> None:
         """Make the grid finer, or coarser, as its error on these rows asks for."""
         state = self._generator.get_state()  # the same probes for both
-        coarse = self.log_densities(x, context)
+        coarse = self.log_densities(batch.x, batch.context)
         self._generator.set_state(state)
-        fine = self.log_densities(x, context, 2 * self.steps)
-        error = float((coarse - fine).abs().mean())
+        fine = self.log_densities(batch.x, batch.context, 2 * self.steps)
+        error = float(batch.mean((coarse - fine).abs()))
         if not error <= self._tolerance:
             self.steps = min(_MOST_STEPS, math.ceil(_GROWTH * self.steps))
         elif error < _EASY * self._tolerance and self.steps > 1:
