@@ -87,7 +87,7 @@ def test_unknown_labels_are_named():
 
 
 def test_another_number_of_covariates_is_an_error():
-    with pytest.raises(ValueError, match="2 covariates, .* fitted given 3"):
+    with pytest.raises(ValueError, match=r"2 covariates, .* fitted given 3"):
         conditions_of(np.ones((4, 3))).encode(np.ones((4, 2)), 4)
 
 
@@ -115,7 +115,7 @@ def test_words_for_a_label_among_numbers_are_unknown():
 )
 def test_missing_and_mixed_labels_are_an_error(y):
     y = np.array(y, dtype=object)
-    with pytest.raises(ValueError, match="one kind.*: drop or fill"):
+    with pytest.raises(ValueError, match=r"one kind.*: drop or fill"):
         conditions_of(y)
-    with pytest.raises(ValueError, match="one kind.*: drop or fill"):
+    with pytest.raises(ValueError, match=r"one kind.*: drop or fill"):
         conditions_of(np.array(["a", "b", "b"], dtype=object)).encode(y, 3)
