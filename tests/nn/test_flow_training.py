@@ -42,7 +42,7 @@ def batch_of(rows, dim=2, context=0, weight=None, seed=20):
     return Batch(normal(rows, dim, seed=seed), c, weight)
 
 
-def fitted(make_loss, batch, epochs=150, dim=2):
+def fitted(make_loss, batch, epochs=120, dim=2):
     """Return a flow after a few steps of Adam, always from the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -229,7 +229,7 @@ def error(flow, batch):
     ids=["kinetic", "jacobian", "error"],
 )
 def test_penalties_lower_what_they_penalise(measure, penalties):
-    batch, measures = ring(150), []
+    batch, measures = ring(100), []
     for some in (NONE, penalties):
         # A tolerance that keeps the grid coarse: its error is the penalty's to keep.
         loss = partial(likelihood_of, penalties=some, tolerance=1e9)
@@ -268,10 +268,10 @@ def test_the_grid_gets_finer_where_its_error_asks_for_it():
 
 
 def test_the_grid_has_an_end_even_where_densities_are_not_finite():
-    flow, batch = flow_of(), batch_of(4)
+    flow, batch = flow_of(hidden=(2,)), batch_of(1)
     flow.field.weights[0].data.fill_(math.nan)
     loss = likelihood_of(flow)
-    for _ in range(60):
+    for _ in range(40):
         loss._watch(batch.x, None)
     assert loss.steps == 32
 
@@ -342,10 +342,10 @@ def test_flow_matching_is_weighted():
     changed = Batch(batch.x.clone(), batch.context, weight)
     changed.x[1] = 100.0
     values = [
-        float(FlowMatching(flow, torch.Generator().manual_seed(0))(some))
+        FlowMatching(flow, torch.Generator().manual_seed(0))(some)
         for some in (batch, changed)
     ]
-    assert values[0] == values[1]
+    assert torch.equal(*values)
 
 
 def test_flow_matching_carries_the_base_to_the_data():
