@@ -49,7 +49,7 @@ def two_modes(n_rows=300, seed=0):
 def integral(model, X, y=None, points=201):
     """Return the integral over a box around X, of one or two columns."""
     low, high, spread = X.min(axis=0), X.max(axis=0), X.std(axis=0)
-    edges = np.linspace(low - 4 * spread, high + 4 * spread, points)
+    edges = np.linspace(low - 10 * spread, high + 10 * spread, points)
     mesh = np.meshgrid(*edges.T, indexing="ij")
     rows = np.column_stack([side.ravel() for side in mesh])
     given = None if y is None else np.repeat(np.asarray(y)[None], len(rows), axis=0)
@@ -65,15 +65,17 @@ def integral(model, X, y=None, points=201):
 def test_densities_integrate_to_one(objective, marginals):
     X = moons()
     model = density(objective=objective, marginals=marginals).fit(X)
-    assert integral(model, X) == pytest.approx(1, abs=2e-3)
+    assert integral(model, X) == pytest.approx(1, abs=1e-2)
+    model.set_params(rtol=1e-5)
+    assert integral(model, X) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("trace", ["auto", "exact"])
 @pytest.mark.parametrize("hidden", [(), (8,), (8, 6), (5, 5, 5)], ids=len)
 def test_densities_of_every_depth_integrate_to_one(trace, hidden):
     X = moons(100)
-    model = density(hidden_layer_sizes=hidden, trace=trace).fit(X)
-    assert integral(model, X) == pytest.approx(1, abs=2e-3)
+    model = density(hidden_layer_sizes=hidden, trace=trace, rtol=1e-5).fit(X)
+    assert integral(model, X) == pytest.approx(1, abs=1e-3)
 
 
 def test_a_density_of_one_column_integrates_to_one():
@@ -84,8 +86,8 @@ def test_a_density_of_one_column_integrates_to_one():
 
 @each_objective
 def test_it_learns_what_a_gaussian_cannot(objective):
-    X, held = moons(400), moons(400, seed=1)
-    model = density(hidden_layer_sizes=(16, 16), objective=objective, max_iter=150)
+    X, held = moons(300), moons(300, seed=1)
+    model = density(hidden_layer_sizes=(16, 16), objective=objective, max_iter=120)
     assert model.fit(X).score(held) > gaussian(X, held) + 0.3
 
 
@@ -113,10 +115,10 @@ def test_densities_are_in_the_units_of_the_rows(marginals):
 
 def test_without_standardize_rows_are_taken_as_they_are():
     X = np.random.default_rng(0).standard_normal((200, 2))
-    model = density(standardize=False).fit(X)
+    model = density(standardize=False, rtol=1e-5).fit(X)
     # Far from where it was trained, so far from the base.
     assert model.score(X) > model.score(X + 5) + 5
-    assert integral(model, X) == pytest.approx(1, abs=2e-3)
+    assert integral(model, X) == pytest.approx(1, abs=1e-3)
 
 
 def test_a_row_does_not_know_its_neighbours(moon):
@@ -271,9 +273,10 @@ each_condition = pytest.mark.parametrize(
 @each_objective
 def test_each_condition_has_a_density_of_its_own(kind, objective):
     X, y, (one, other) = conditional_table(kind)
-    model = density(conditional=True, objective=objective, max_iter=60).fit(X, y)
+    model = density(conditional=True, objective=objective, max_iter=60, rtol=1e-5)
+    model.fit(X, y)
     for given in (one, other):
-        assert integral(model, X, given, points=161) == pytest.approx(1, abs=2e-3)
+        assert integral(model, X, given, points=201) == pytest.approx(1, abs=1e-3)
     swapped = np.roll(y, 1, axis=0)
     assert model.score(X, y) > model.score(X, swapped) + 1
     assert model.score(X, y) > density(max_iter=60).fit(X).score(X)
@@ -460,16 +463,16 @@ def test_weights_move_the_density():
 @each_objective
 @pytest.mark.parametrize("conditional", [False, True])
 def test_partial_fit_learns_from_chunks(objective, conditional):
-    X = moons(320)
+    X = moons(240)
     y = X[:, 0] > X[:, 0].mean() if conditional else None
     model = density(objective=objective, conditional=conditional)
-    for epoch in range(30):
-        for chunk in np.split(np.arange(320), 4):
+    for epoch in range(20):
+        for chunk in np.split(np.arange(240), 3):
             model.partial_fit(X[chunk], None if y is None else y[chunk])
         if epoch == 0:
             first = model.score(X, y)
-    assert model.score(X, y) > first + 0.05
-    assert model.n_iter_ == len(model.loss_curve_) == 120
+    assert model.score(X, y) > first + 0.01
+    assert model.n_iter_ == len(model.loss_curve_) == 60
     assert model.loss_ == model.loss_curve_[-1]
     assert model.best_loss_ == min(model.loss_curve_)
 
@@ -577,10 +580,11 @@ def test_early_stopping_keeps_the_best_weights():
 
 
 def test_early_stopping_says_what_it_cannot_hold_out():
+    model = density(early_stopping=True, validation_fraction=0.9)
     with pytest.raises(
-        ValueError, match=r"validation_fraction=0.1 of 2 rows.*or early"
+        ValueError, match=r"fraction=0\.9 of 2 rows .*or early_stopping"
     ):
-        density(early_stopping=True).fit(np.array([[0.0], [1.0]]))
+        model.fit([[0.0], [1.0]])
 
 
 def test_auto_stops_early_from_a_thousand_rows_on():
@@ -592,7 +596,7 @@ def test_auto_stops_early_from_a_thousand_rows_on():
 def test_it_warns_where_it_has_not_converged_and_only_there():
     X = moons(100)
     with pytest.warns(ConvergenceWarning, match="ended at max_iter=15") as caught:
-        density(max_iter=15, tol=1e-7).fit(X)
+        density(max_iter=15, tol=1e-7, noise=0.0).fit(X)
     assert caught[0].filename == __file__
     density(max_iter=15, tol=0.0).fit(X)
     assert density(max_iter=300, tol=1.0).fit(X).n_iter_ < 300
@@ -668,7 +672,7 @@ def test_constant_columns_are_told_and_survived(marginals):
         model = density(marginals=marginals).fit(X)
     assert np.isfinite(model.score_samples(X)).all()
     assert np.isfinite(model.sample(20, random_state=0)).all()
-    other = X + [0, 0, 1]
+    other = X + np.array([0, 0, 1])
     assert model.score(other) < model.score(X) - 10
 
 
@@ -707,6 +711,7 @@ def test_repeated_values_do_not_raise_the_density_without_end():
     assert (drawn == 0).mean() == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 def test_300_columns():
     X = np.random.default_rng(0).standard_normal((400, 300)) @ np.diag(
         np.arange(1, 301)
