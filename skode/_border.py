@@ -222,9 +222,9 @@ def positive(closed: str = "neither") -> Interval:
     return Interval(Real, 0, None, closed=closed)
 
 
-def inside(low: float, high: float) -> Interval:
+def inside(low: float, high: float, closed: str = "neither") -> Interval:
     """Return the constraint of a number between two others."""
-    return Interval(Real, low, high, closed="neither")
+    return Interval(Real, low, high, closed=closed)
 
 
 def choice(names: Iterable[str]) -> StrOptions:

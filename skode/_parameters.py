@@ -87,17 +87,18 @@ def record(est, history):
     est.best_validation_score_ = history.best_score
 
 
-def training(est, batch_size):
-    """Return how to train, in batches of that size."""
+def training(est, batch_size, alpha=None, averaging=0.0):
+    """Return how to train, in batches of that size; `alpha` None: the parameter."""
     return Training(
         max_iter=est.max_iter,
         batch_size=batch_size,
         learning_rate=est.learning_rate_init,
         optimizer=est.optimizer,
-        alpha=est.alpha,
+        alpha=est.alpha if alpha is None else alpha,
         tol=est.tol,
         n_iter_no_change=est.n_iter_no_change,
         verbose=bool(est.verbose),
+        averaging=averaging,
     )
 
 

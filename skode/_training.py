@@ -8,7 +8,8 @@ over the last third of `max_iter`, or as soon as the best loss has not improved 
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +42,9 @@ class Training:
     tol: float
     n_iter_no_change: int
     verbose: bool
+    averaging: float = 0.0
+    """Share that the running average of the weights, which is what a fit ends with,
+    keeps of itself at each step; 0: the weights themselves."""
 
 
 @dataclass(slots=True)
@@ -107,6 +111,7 @@ def train(
     keeper = _Keeper(module)
     schedule = _Schedule(how)
     optimizer = make_optimizer(module, how)
+    average = _Average(module, how.averaging)
     bar = tqdm(total=how.max_iter, disable=not how.verbose, unit="epoch")
     failures: list[str] = []
     scale = 1.0
@@ -116,15 +121,24 @@ def train(
             keeper.begin()
             try:
                 loss = _epoch(
-                    module, objective, n_rows, how.batch_size, optimizer, generator
+                    module,
+                    objective,
+                    n_rows,
+                    how.batch_size,
+                    optimizer,
+                    generator,
+                    average,
                 )
                 score = None
                 if validate is not None:
                     module.eval()
-                    score = validate()
+                    with average.lent():
+                        score = validate()
+                        keeper.keep(score)
             except (SolverError, FloatingPointError) as error:
                 failures.append(f"Epoch {epoch + 1} diverged: {error}")
                 keeper.restore()
+                average = _Average(module, how.averaging)
                 fruitless = epoch + 1 == how.max_iter and not history.loss
                 if fruitless or len(failures) > _RECOVERIES:
                     raise DivergenceError(epoch + 1, str(error)) from error
@@ -138,7 +152,6 @@ def train(
                 keeper.keep_begun(-loss)
             else:
                 history.scores.append(score)
-                keeper.keep(score)
                 shown["validation"] = f"{score:.4g}"
             bar.set_postfix(shown, refresh=False)
             bar.update()
@@ -170,6 +183,8 @@ def train(
         )
     if validate is not None:
         keeper.restore()
+    elif not history.interrupted:
+        average.settle()
     history.converged = schedule.converged
     return history
 
@@ -210,6 +225,7 @@ def _epoch(
     batch_size: int,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
+    average: "_Average | None" = None,
 ) -> float:
     """Go over all rows once; return the mean loss."""
     module.train()
@@ -232,6 +248,8 @@ def _epoch(
         if not math.isfinite(slope):
             raise FloatingPointError("The gradient is not finite.")
         optimizer.step()
+        if average is not None:
+            average.follow()
         total += value * len(rows)
     return total / n_rows
 
@@ -278,6 +296,43 @@ class _Keeper:
     def restore(self) -> None:
         """Put the best weights back."""
         self._module.load_state_dict(self._state)
+
+
+class _Average:
+    """The running average of a module's weights (Polyak); nothing where `keep` is 0."""
+
+    def __init__(self, module: nn.Module, keep: float) -> None:
+        self._keep, self._steps = keep, 0
+        self._params = [p.data for p in module.parameters()] if keep else []
+        self._mean = [p.clone() for p in self._params]
+
+    def follow(self) -> None:
+        """Take note of the weights after a step."""
+        if not self._params:
+            return
+        self._steps += 1
+        # Early on, a longer memory would be of weights that were hardly trained.
+        keep = min(self._keep, self._steps / (self._steps + 10))
+        torch._foreach_lerp_(self._mean, self._params, 1 - keep)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Give the module the average inside the block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def settle(self) -> None:
+        """Give the module the average for good."""
+        self._swap()
+
+    def _swap(self) -> None:
+        for mean, param in zip(self._mean, self._params, strict=True):
+            held = param.clone()
+            param.copy_(mean)
+            mean.copy_(held)
 
 
 class _Schedule:

@@ -54,7 +54,8 @@ __all__ = ["CNFDensityEstimator"]
 _COPIES = 4
 """Redrawn copies of a training table with atoms, among which each batch chooses."""
 _GRID_TOLERANCE = 0.02
-_NOISE_OF_ONE_ROW, _MOST_NOISE = 3.0, 0.4
+_LEAST_ALPHA = 0.005
+_NOISY_ROWS, _LEAST_NOISE, _MOST_NOISE = 55.0, 0.007, 0.5
 _OFFSET_ROWS = 10_000
 
 
@@ -142,15 +143,21 @@ class CNFDensityEstimator(
         for few steps stays so [4]_.
     noise : float or "auto", default="auto"
         Standard deviation of the normal noise that is added to the whitened rows of
-        each batch, against overfitting. "auto" is less the more rows there are.
+        each batch, against overfitting. "auto" is less the more rows there are, and
+        the fewer columns.
+    averaging : float, default=0.99
+        Share that the running average of the weights keeps of itself at each step of
+        the optimiser in `fit`. The average is what is watched and kept. 0: the weights
+        themselves.
     optimizer : {"adam", "sgd"}, default="adam"
         Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
-    alpha : float, default=0.02
-        Weight decay of matrices; biases are left alone.
+    alpha : float or "auto", default="auto"
+        Weight decay of matrices; biases are left alone. "auto" is less the more rows
+        there are, and the fewer columns.
     batch_size : int or "auto", default="auto"
         Rows per step. "auto" takes all of a table of up to 128 rows; an eighth of
         larger ones, but at least 128 and at most 512 rows.
-    learning_rate_init : float, default=1e-2
+    learning_rate_init : float, default=2e-2
         Learning rate at the plateau of its schedule: it rises over five epochs and
         falls to zero over the last third of `max_iter`, or once the score has stopped
         improving.
@@ -260,6 +267,8 @@ class CNFDensityEstimator(
         "kinetic_penalty": [positive(closed="left")],
         "jacobian_penalty": [positive(closed="left")],
         "error_penalty": [positive(closed="left")],
+        "alpha": [positive(closed="left"), choice(("auto",))],
+        "averaging": [inside(0, 1, closed="left")],
         "noise": [positive(closed="left"), choice(("auto",))],
     }
 
@@ -287,10 +296,11 @@ class CNFDensityEstimator(
         jacobian_penalty=0.0,
         error_penalty=10.0,
         noise="auto",
+        averaging=0.99,
         optimizer="adam",
-        alpha=0.02,
+        alpha="auto",
         batch_size="auto",
-        learning_rate_init=1e-2,
+        learning_rate_init=2e-2,
         max_iter=100,
         tol=1e-4,
         n_iter_no_change=20,
@@ -323,6 +333,7 @@ class CNFDensityEstimator(
         self.jacobian_penalty = jacobian_penalty
         self.error_penalty = error_penalty
         self.noise = noise
+        self.averaging = averaging
         self.optimizer = optimizer
         self.alpha = alpha
         self.batch_size = batch_size
@@ -393,7 +404,7 @@ class CNFDensityEstimator(
                         self.module_,
                         _objective(self, objective, watched, table),
                         len(table),
-                        training(self, _batch_size(self, len(table))),
+                        _training(self, len(table), weight),
                         generator,
                         None if held is None else _validation(watched, held),
                         history,
@@ -437,7 +448,7 @@ class CNFDensityEstimator(
             if fresh:
                 record(self, History())
             table, _ = _tables(self, X, context, weight, device, generator, False)
-            how = training(self, _batch_size(self, len(table)))
+            how = _training(self, len(table), weight)
             ready_optimizer(self, how)
             watched = _likelihood(self, generator)
             watched.steps = max(watched.steps, getattr(self, "n_steps_", 0))
@@ -871,11 +882,25 @@ def _tables(est, X, context, weight, device, generator, holds_out):
     copies = [
         forward(est.preprocessing_.jitter(X[index], rng))[0] for _ in range(_COPIES)
     ]
-    noise = est.noise
-    if noise == "auto":
-        noise = min(_MOST_NOISE, _NOISE_OF_ONE_ROW / np.sqrt(weight[index].sum()))
+    noise = _noise(est, weight)
     x = to_tensor(np.stack(copies), device, dtype)
     return Table(x, *tensors(index), noise, generator), held
+
+
+def _smoothing(est, weight):
+    """Return the rate at which the error of a density estimate falls with the rows.
+
+    n^(-4 / (4 + D)), that of the best kernel density estimate in D dimensions. Few rows
+    in many columns ask for strong regularisation, many in few for none.
+    """
+    return weight.sum() ** (-4 / (4 + est.n_features_in_))
+
+
+def _noise(est, weight):
+    if est.noise != "auto":
+        return est.noise
+    few = (_NOISY_ROWS / weight.sum()) ** 2
+    return min(_MOST_NOISE, _LEAST_NOISE + 0.5 * _smoothing(est, weight) + few)
 
 
 def _likelihood(est, generator):
@@ -886,7 +911,9 @@ def _likelihood(est, generator):
         jacobian=est.jacobian_penalty,
         error=est.error_penalty,
     )
-    return Likelihood(est.module_, penalties, probes, _GRID_TOLERANCE, generator)
+    return Likelihood(
+        est.module_, penalties, probes, _GRID_TOLERANCE, generator, bool(est.compile)
+    )
 
 
 def _objective(est, name, likelihood, table):
@@ -909,11 +936,15 @@ def _validation(likelihood, held):
     return validate
 
 
-def _batch_size(est, n_rows):
-    if est.batch_size != "auto":
-        return est.batch_size
-    share = min(_LARGEST_BATCH, max(128, n_rows // 8))
-    return n_rows if n_rows <= _FULL_BATCH else share
+def _training(est, n_rows, weight):
+    """Return how to train on a table of so many rows."""
+    batch, alpha = est.batch_size, est.alpha
+    if batch == "auto":
+        share = min(_LARGEST_BATCH, max(_FULL_BATCH, n_rows // 8))
+        batch = n_rows if n_rows <= _FULL_BATCH else share
+    if alpha == "auto":
+        alpha = _LEAST_ALPHA + 2 * _smoothing(est, weight)
+    return training(est, batch, alpha, est.averaging)
 
 
 def _probes(est, x):

@@ -48,20 +48,22 @@ class BuildError(RuntimeError):
     """The library could not be compiled or loaded; the message says why."""
 
 
-def library(real: str, activation: str) -> ctypes.CDLL:
-    """Return the compiled engine for one type and one activation.
+def library(real: str, activation: str, source: str = "solve") -> ctypes.CDLL:
+    """Return the compiled engine for one type, one activation and one kind of field.
 
     Parameters
     ----------
     real : {"float", "double"}
     activation : {"tanh", "softplus", "silu", "relu"}
+    source : {"solve", "flow"}
+        What is compiled: for a perceptron, or for a flow.
 
     Raises
     ------
     BuildError
         If there is no compiler, or if it fails; asked again, it fails again at once.
     """
-    outcome = _outcome(real, activation)
+    outcome = _outcome(real, activation, source)
     if isinstance(outcome, str):
         # A new error each time: one that is raised again keeps all that it met.
         raise BuildError(outcome)
@@ -69,9 +71,9 @@ def library(real: str, activation: str) -> ctypes.CDLL:
 
 
 @cache
-def _outcome(real: str, activation: str) -> ctypes.CDLL | str:
+def _outcome(real: str, activation: str, source: str) -> ctypes.CDLL | str:
     try:
-        return _built(real, activation)
+        return _built(real, activation, source)
     except BuildError as error:
         return str(error)
     except (OSError, subprocess.SubprocessError) as error:
@@ -116,11 +118,12 @@ def cache_directory() -> Path | None:
     return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
-def _built(real: str, activation: str) -> ctypes.CDLL:
+def _built(real: str, activation: str, source: str) -> ctypes.CDLL:
     """Return the library, compiled if it is not on disk or not as it was written."""
     tool = compiler()
     options = [f"-DSKODE_REAL={real}", f"-DSKODE_ACTIVATION={activation.upper()}"]
-    name = f"engine-{real}-{activation}-{_fingerprint(tool, options)}.so"
+    name = f"{source}-{real}-{activation}-{_fingerprint(tool, options)}.so"
+    options.append(str(_SOURCES / f"{source}.cpp"))
     directory = cache_directory()
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="skode-") as alone:
@@ -187,10 +190,9 @@ def _run(tool: list[str], options: list[str], out: Path) -> None:
     said = ""
     # Clang for ARM spells "this machine" the second way.
     for native in ("-march=native", "-mcpu=native"):
-        command = [*tool, *_FLAGS, native, *options, "-o", str(out)]
         try:
             done = subprocess.run(
-                [*command, str(_SOURCES / "solve.cpp")],
+                [*tool, *_FLAGS, native, *options, "-o", str(out)],
                 capture_output=True,
                 text=True,
                 timeout=_LONGEST,
@@ -234,14 +236,20 @@ def _processor() -> str:
 
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    loaded.skode_tile.restype = ctypes.c_int
-    loaded.skode_begin.argtypes = [ctypes.c_char_p]
-    loaded.skode_begin.restype = ctypes.c_void_p
-    loaded.skode_begin_backward.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    loaded.skode_begin_backward.restype = ctypes.c_int
-    for advance in (loaded.skode_forward, loaded.skode_backward):
-        advance.argtypes = [ctypes.c_void_p, ctypes.c_double]
-        advance.restype = ctypes.c_int
-    loaded.skode_end.argtypes = [ctypes.c_void_p]
-    loaded.skode_end.restype = None
+    for name, (arguments, result) in _DOORS.items():
+        if hasattr(loaded, name):
+            door = getattr(loaded, name)
+            door.argtypes, door.restype = arguments, result
     return loaded
+
+
+_DOORS: dict[str, tuple[list[type], type | None]] = {
+    "skode_tile": ([], ctypes.c_int),
+    "skode_begin": ([ctypes.c_char_p], ctypes.c_void_p),
+    "skode_forward": ([ctypes.c_void_p, ctypes.c_double], ctypes.c_int),
+    "skode_begin_backward": ([ctypes.c_void_p, ctypes.c_char_p], ctypes.c_int),
+    "skode_backward": ([ctypes.c_void_p, ctypes.c_double], ctypes.c_int),
+    "skode_end": ([ctypes.c_void_p], None),
+    "skode_march": ([ctypes.c_char_p], ctypes.c_int),
+    "skode_march_back": ([ctypes.c_char_p, ctypes.c_char_p], ctypes.c_int),
+}

@@ -11,7 +11,7 @@ import struct
 import threading
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +22,27 @@ from skode._engine.build import BuildError, library
 from skode._engine.checkpoint import add_idle_times, by_autograd
 from skode._engine.dense import Requests
 from skode._engine.layers import Layers
+from skode._engine.packing import (
+    GRADIENTS,
+    METHOD,
+    MOST_STAGES,
+    NETWORK,
+    OUT_OF_MEMORY,
+    REAL,
+    Gradients,
+    address_of,
+    method,
+    network,
+    threads,
+)
 from skode._engine.plan import Plan
 from skode._engine.solution import Statistics
-from skode._engine.tableau import coefficients
 
-_MOST_STAGES = 16
 _PATIENCE = 0.2
 """Seconds between two looks at whether the user has interrupted."""
 
-_WORTH_A_THREAD = 2**18
-"""Multiplications of one evaluation of its rows; a thread takes 30 us to start."""
-
-_REAL = {torch.float32: "float", torch.float64: "double"}
-_OUT_OF_MEMORY = 2
-
-# The structures of `cpp/spec.hpp`, member by member.
-_SPEC = struct.Struct("4P q 5P 3q 5d q 3q 2q 8P 2q")
-_COTANGENTS = struct.Struct("4P 2q 3P")
+_SPEC = struct.Struct(f"{NETWORK} {METHOD} 4d q 3q 2q 8P 2q")
+_COTANGENTS = struct.Struct(f"4P 2q {GRADIENTS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +62,18 @@ class Compiled:
         layers: Layers | None = own_layers(plan.params)
         if layers is None:
             return "params are not the field's own parameters"
-        if y0.dtype not in _REAL:
+        if y0.dtype not in REAL:
             return f"the state is {y0.dtype}, neither float32 nor float64"
         if not layers.fits(y0):
             return "the layers do not fit the state in width, dtype or device"
         if plan.tolerance.first_step is not None or plan.tolerance.parts:
             return "a first step of one's own, or a state in parts, is not compiled"
-        if plan.tableau.stages > _MOST_STAGES:
-            return f"{plan.tableau.name} has more than {_MOST_STAGES} stages"
+        if plan.tableau.stages > MOST_STAGES:
+            return f"{plan.tableau.name} has more than {MOST_STAGES} stages"
         try:
-            return cls(plan, layers, library(_REAL[y0.dtype], layers.activation))
+            source = "solve" if layers.quadratures is None else "flow"
+            made = library(REAL[y0.dtype], layers.activation, source)
+            return cls(plan, layers, made)
         except BuildError as error:
             return str(error)
 
@@ -81,7 +87,10 @@ class Compiled:
         with torch.no_grad():
             program, ys, stats = _run(self, y0, times, record=True)
         apply: Callable[..., Tensor] = _Replayed.apply
-        return apply(self.plan, program, [ys], y0, times, *self.plan.params), stats
+        plan, flow = self.plan, self.layers.quadratures
+        # Its history leads its gradient to the weights, if they want one.
+        trace = flow.trace if flow is not None and plan.params else None
+        return apply(plan, program, [ys], y0, times, trace, *plan.params), stats
 
 
 class _Replayed(torch.autograd.Function):
@@ -95,6 +104,7 @@ class _Replayed(torch.autograd.Function):
         box: list[Tensor],
         y0: Tensor,
         times: Tensor,
+        trace: Tensor | None,
         *params: Tensor,
     ) -> Tensor:
         # In a box, since what comes in and goes out may not be changed in place.
@@ -110,8 +120,9 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, y0, times, *more = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, None, None, *_second_order(ctx, y0, times, grad)
-        timed, *trained = ctx.needs_input_grad[4:]
+            by_y0, by_times, *by_params = _second_order(ctx, y0, times, grad)
+            return None, None, None, by_y0, by_times, None, *by_params
+        timed, _, *trained = ctx.needs_input_grad[4:]
         with torch.no_grad():
             pulled = ctx.program().backward(grad, timed, any(trained))
             grad_y0, grad_times, grads = pulled
@@ -119,8 +130,8 @@ class _Replayed(torch.autograd.Function):
                 grad_times = grad_times.to(times.dtype)
                 kernel, requests = ctx.plan.untrained_kernel(), Requests(times)
                 add_idle_times(requests, kernel, grad, y0, more[0], grad_times)
-        own = grads or (None,) * len(trained)
-        return None, None, None, grad_y0, grad_times, *own
+        own = grads.params or (None,) * len(trained)
+        return None, None, None, grad_y0, grad_times, grads.trace, *own
 
 
 def _second_order(
@@ -152,12 +163,12 @@ class _Program:
 
     def __init__(self, solve: Compiled, handle: int, times: "_Times") -> None:
         self._library, self._handle = solve.library, handle
-        self._widths, self._times = solve.layers.widths, times
+        self._layers, self._times = solve.layers, times
         self._turn = threading.Lock()
 
     def backward(
         self, grad: Tensor, timed: bool, trained: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor | None, Gradients]:
         """Pull a cotangent (B, T, D) back to y0, to the times and to the parameters.
 
         Those that are not wanted are None, and none.
@@ -165,16 +176,14 @@ class _Program:
         grad = grad.resolve_neg().contiguous()
         grad_y0 = grad.new_empty(grad.shape[0], grad.shape[2])
         grad_t = torch.zeros(grad.shape[:2], dtype=torch.float64) if timed else None
-        grads = self._zeros(grad) if trained else ()
-        depth = len(self._widths) - 1
-        layers = [_addresses(grads[n * depth : (n + 1) * depth]) for n in range(3)]
+        grads = Gradients.zeros(self._layers, grad) if trained else Gradients.none()
         cotangents = _COTANGENTS.pack(
             grad.data_ptr(),
             grad_y0.data_ptr(),
             0 if grad_t is None else grad_t.data_ptr(),
             self._times.address,
             *self._times.strides,
-            *(map(_address, layers) if trained else (0, 0, 0)),
+            *grads.packed.members,
         )
         # Two threads may ask for the gradient of one graph.
         with self._turn:
@@ -183,20 +192,10 @@ class _Program:
             self.advance(self._library.skode_backward)
         return grad_y0, grad_t, grads
 
-    def _zeros(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Return memory for the gradients of weights, biases and shifts."""
-        inputs, outputs = self._widths[:-1], self._widths[1:]
-        shapes = list(zip(outputs, inputs, strict=True))
-        sizes = [n * m for n, m in shapes] + [*outputs, *outputs]
-        parts = like.new_zeros(sum(sizes)).split(sizes)
-        depth = len(shapes)
-        weights = (x.view(n) for x, n in zip(parts[:depth], shapes, strict=True))
-        return *weights, *parts[depth:]
-
     def advance(self, run: Callable[[int, float], int]) -> None:
         """Work until all is done; between two calls Python sees to interrupts."""
         while progress := run(self._handle, _PATIENCE):
-            if progress == _OUT_OF_MEMORY:
+            if progress == OUT_OF_MEMORY:
                 raise MemoryError(_NO_MEMORY)
 
     def __del__(self) -> None:
@@ -212,28 +211,14 @@ def _run(
     layers, tolerance = solve.layers, solve.plan.tolerance
     y0 = y0.resolve_neg().contiguous()
     rows, state = y0.shape
-    groups = [
-        [x.resolve_neg().contiguous() for x in group]
-        for group in (layers.weights, layers.biases, layers.shifts)
-    ]
-    addresses = [_addresses(group) for group in groups]
-    widths = array("q", layers.widths)
-    real = torch.float64
-    coef = coefficients(solve.plan.tableau, real, real, y0.device)
-    tables = (coef.a_square, coef.b, coef.b_err, coef.c, coef.dense)
+    net, steps = network(layers), method(solve.plan.tableau, y0.device)
     doubles = _Times.of(times)
     ys = y0.new_empty(rows, times.shape[1], state)
     reached = torch.empty(rows, dtype=torch.float64)
     counts = torch.empty(4, rows, dtype=torch.int64)
     spec = _SPEC.pack(
-        *map(_address, addresses),
-        _address(widths),
-        len(layers.weights),
-        *(table.data_ptr() if table.numel() else 0 for table in tables),
-        coef.stages,
-        coef.order,
-        len(coef.dense),
-        coef.error_constant,
+        *net.members,
+        *steps.members,
         tolerance.rtol,
         tolerance.atol,
         tolerance.step_size or 0.0,
@@ -249,7 +234,7 @@ def _run(
         reached.data_ptr(),
         *(counts.data_ptr() + 8 * rows * n for n in range(4)),
         record,
-        _threads(layers, rows, solve.library.skode_tile()),
+        threads(layers, rows, solve.library.skode_tile()),
     )
     # The solve copies the layers, the method and this structure; not the batch.
     handle = solve.library.skode_begin(spec)
@@ -278,21 +263,6 @@ class _Times:
         """Convert times (B, T)."""
         if times.stride(0) == 0:
             shared = array("d", times[0].tolist())
-            return cls(shared, _address(shared), (0, 1))
+            return cls(shared, address_of(shared), (0, 1))
         doubles = times.double().contiguous()
         return cls(doubles, doubles.data_ptr(), (times.shape[1], 1))
-
-
-def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
-    return array("Q", [x.data_ptr() for x in tensors])
-
-
-def _address(stored: "array[Any]") -> int:
-    return stored.buffer_info()[0]
-
-
-def _threads(layers: Layers, rows: int, tile: int) -> int:
-    """Return how many threads pay: no more than tiles, and than PyTorch would take."""
-    work = rows * sum(weight.numel() for weight in layers.weights)
-    most = min(torch.get_num_threads(), -(-rows // tile), work // _WORTH_A_THREAD)
-    return max(1, most)

@@ -75,7 +75,7 @@ def _on_chip(plan: Plan, y0: Tensor, times: Tensor) -> Program | None:
     if plan.tolerance.first_step is not None or plan.tolerance.parts:
         return None
     layers = plan.field.own_layers(plan.params)
-    if layers is None or not layers.fits(y0):
+    if layers is None or not layers.plain or not layers.fits(y0):
         return None
     # Triton comes with PyTorch's CUDA builds alone, and takes its time to import.
     from skode._engine.tiles.program import TileProgram

@@ -47,6 +47,16 @@ def triple_weights(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
     return middle * (first @ last).T
 
 
+def trace_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Return M of the trace d_2^T M d_1: see `skode._engine.layers.Quadratures`."""
+    first, last = weights[0][:, : weights[-1].shape[0]], weights[-1]
+    if len(weights) == 1:
+        return torch.trace(first)[None, None]
+    if len(weights) == 2:
+        return pair_weights(first, last)[None]
+    return triple_weights(first, weights[1], last)
+
+
 def pushed(
     weights: Sequence[Tensor], slopes: Sequence[Tensor], tangents: Tensor
 ) -> Tensor:

@@ -82,7 +82,7 @@ class MLPField(nn.Module):
         hooks = self._forward_hooks or self._forward_pre_hooks
         if type(self).forward is not MLPField.forward or hooks:
             return None
-        weights, biases, shifts = map(_own, (self.weights, self.biases, self.shifts))
+        weights, biases, shifts = map(owned, (self.weights, self.biases, self.shifts))
         if not len(weights) == len(biases) == len(shifts):
             return None
         layers = Layers(weights, biases, shifts, self.activation)
@@ -91,7 +91,7 @@ class MLPField(nn.Module):
         return layers
 
 
-def _own(layers: nn.ParameterList) -> Tensors:
+def owned(layers: nn.ParameterList) -> Tensors:
     """Return the list's parameters; iterating it looks each up by its name, slowly."""
     named = layers._parameters
     return tuple(x for name, x in named.items() if x is not None and name.isdigit())

@@ -8,12 +8,13 @@ log p(x) = log N(z; 0, I) - integral_0^1 tr df/dy dt, where z is x carried back 
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from skode._engine.solution import Solution
 from skode._engine.solve import solve
 from skode._nn.divergence import CLOSED_FORM
-from skode._nn.flow_field import Dynamics, FlowField
+from skode._nn.flow_field import Dynamics, FlowField, Transport
 from skode._nn.integration import Integration
 
 _EXACT_UP_TO = 64
@@ -52,9 +53,9 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Return log-densities, (B, 1), or one estimate for each probe, (B, P)."""
         dynamics = Dynamics(self.field, probes=probes)
-        z, traces, _ = dynamics.split(
-            self._solve(dynamics, x, context, [1.0, 0.0], how)[:, -1]
-        )
+        times = x.new_tensor([1.0, 0.0])
+        end = _solved(dynamics, dynamics.start(x, context), times, how).y1
+        z, traces, _ = dynamics.split(end)
         # The trace was gathered from t = 1 to 0.
         return log_normal(z)[:, None] + traces
 
@@ -74,8 +75,10 @@ class Flow(nn.Module):
         how: Integration,
     ) -> Tensor:
         """Return states at `times` (T,), (B, T, D), of those at the first of them."""
-        dynamics = Dynamics(self.field)
-        return dynamics.split(self._solve(dynamics, y, context, times, how))[0]
+        start = y if context is None else torch.cat([y, context], dim=1)
+        transport = Transport(self.field)
+        ys = _solved(transport, start, y.new_tensor(times), how).ys
+        return ys[..., : self.field.dim]
 
     def evaluations(
         self, x: Tensor, context: Tensor | None, how: Integration
@@ -86,20 +89,9 @@ class Flow(nn.Module):
         times = x.new_tensor([1.0, 0.0])
         return _solved(dynamics, start, times, how).stats.nfe
 
-    def _solve(
-        self,
-        dynamics: Dynamics,
-        y: Tensor,
-        context: Tensor | None,
-        times: Sequence[float],
-        how: Integration,
-    ) -> Tensor:
-        start = dynamics.start(y, context)
-        return _solved(dynamics, start, y.new_tensor(times), how).ys
-
 
 def _solved(
-    dynamics: Dynamics, start: Tensor, times: Tensor, how: Integration
+    dynamics: Dynamics | Transport, start: Tensor, times: Tensor, how: Integration
 ) -> Solution:
     return solve(
         dynamics,

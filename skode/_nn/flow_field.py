@@ -5,19 +5,21 @@ is s = (y, c, l, e, j): y moves by f, the context c stands still, l gathers the 
 df/dy, in as many columns as there are probes; if asked for, e gathers the kinetic
 energy |f|^2, and j the squared length of df/dy v for a tangent v.
 
-`FlowField` is the perceptron; `Dynamics` is what the engine solves. Those with an exact
-trace and one or two hidden layers differentiate themselves, in preallocated memory.
+`FlowField` is the perceptron; `Dynamics` is what the engine solves, or `Transport`
+where no density is asked for. Dynamics with an exact trace and one or two hidden layers
+differentiate themselves, in preallocated memory.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skode._engine.layers import Layers, Quadratures
 from skode._nn.divergence import (
     CLOSED_FORM,
     along,
@@ -25,8 +27,10 @@ from skode._nn.divergence import (
     closed_form,
     pair_weights,
     pushed,
+    trace_weights,
     triple_weights,
 )
+from skode._nn.fields import owned
 
 Tensors = tuple[Tensor, ...]
 ACTIVATIONS = ("tanh", "softplus", "silu", "relu")
@@ -64,10 +68,13 @@ class FlowField(nn.Module):
         self.shifts = nn.ParameterList()
         widths = (dim + context, *hidden, dim)
         for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            # States are about one in every direction, and so are pre-activations.
-            # The first layer's offsets spread its kinks over where the data are.
-            spread = 0.0 if i == len(hidden) else 1.0 if i == 0 else 0.3
-            scale = spread and 1 / math.sqrt(fan_in)
+            # States are about one in every direction. The first layer cuts them into
+            # pieces some thirds of that, anywhere the data are: wider ones are slow to
+            # learn edges. The last layer moves nothing yet.
+            scale, spread = (3.0, 2.0) if i == 0 else (1.0, 0.3)
+            if i == len(hidden):
+                scale = spread = 0.0
+            scale /= math.sqrt(fan_in)
             for params, std in (
                 (self.weights, torch.full((fan_out, fan_in), scale)),
                 (self.biases, torch.full((fan_out,), spread)),
@@ -152,10 +159,55 @@ class Dynamics:
         mine = self.params
         if params and [*map(id, params)] != [*map(id, mine)]:
             return None
-        plain = self.probes is None and self.tangent is None
-        if not plain or len(self.field.weights) not in (2, 3):
+        if not self._plain or len(self.field.weights) not in (2, 3):
             return None
         return FlowKernel(self.field, self.energy, trained=bool(params))
+
+    def own_layers(self, params: Sequence[Tensor]) -> Layers | None:
+        """Return the field as data if its trace is exact and in closed form."""
+        layers = _owned_layers(self.field, params)
+        if layers is None or not self._plain:
+            return None
+        if len(layers.weights) - 1 not in CLOSED_FORM:
+            return None
+        beside = Quadratures(trace_weights(layers.weights), self.energy)
+        return replace(layers, quadratures=beside)
+
+    @property
+    def _plain(self) -> bool:
+        return self.probes is None and self.tangent is None
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The vector field of (y, c) alone, where no density is asked for."""
+
+    field: FlowField
+
+    @property
+    def params(self) -> Tensors:
+        """What `own_layers` wants."""
+        return tuple(self.field.parameters())
+
+    def __call__(self, t: Tensor, s: Tensor) -> Tensor:
+        """Return ds/dt, by operations that autograd knows."""
+        f: Tensor = self.field(t, s)
+        return torch.cat([f, s.new_zeros(len(s), self.field.context)], dim=1)
+
+    def own_layers(self, params: Sequence[Tensor]) -> Layers | None:
+        """Return the field as data."""
+        return _owned_layers(self.field, params)
+
+
+def _owned_layers(field: FlowField, params: Sequence[Tensor]) -> Layers | None:
+    """Return the field as data if `params` are its own parameters, or none."""
+    weights, biases, shifts = map(owned, (field.weights, field.biases, field.shifts))
+    if not len(weights) == len(biases) == len(shifts):
+        return None
+    layers = Layers(weights, biases, shifts, field.activation)
+    if params and [*map(id, params)] != [*map(id, layers.params)]:
+        return None
+    return layers
 
 
 class FlowKernel:

@@ -110,6 +110,8 @@ class Likelihood:
         of one twice as fine, beyond which the grid gets finer.
     generator : torch.Generator
         Draws the probes and moves the knots.
+    compile : bool
+        Whether to march in compiled code where there is any.
     """
 
     def __init__(
@@ -119,9 +121,11 @@ class Likelihood:
         probes: int,
         tolerance: float,
         generator: torch.Generator,
+        compile: bool,
     ) -> None:
         self._flow, self._penalties, self._probes = flow, penalties, probes
         self._tolerance, self._generator = tolerance, generator
+        self._compile = compile
         self._kept: Grid | None = None
         self._batches = 0
         self.steps = _FIRST_STEPS
@@ -149,7 +153,7 @@ class Likelihood:
         """Return log-densities on the grid, (B,), of so many even steps."""
         with torch.no_grad():
             dynamics = self._dynamics(x, penalised=False)
-            grid = Grid(dynamics, (), x.shape[1])
+            grid = Grid(dynamics, (), x.shape[1], compile=self._compile)
             knots = _even(steps or self.steps)
             z, traces, _ = dynamics.split(
                 grid.march(dynamics.start(x, context), knots)[0]
@@ -183,7 +187,7 @@ class Likelihood:
         if self._kept is None or random:
             field = self._flow.field
             first = field.dim + field.context + dynamics.traces
-            self._kept = Grid(dynamics, dynamics.params, first)
+            self._kept = Grid(dynamics, dynamics.params, first, compile=self._compile)
         return self._kept
 
     def _extra_weights(self) -> list[float]:

@@ -20,11 +20,9 @@ from skode._engine.solve import FIXED_STEP, solve
 from skode._engine.tableau import TABLEAUX
 from skode._nn.fields import ACTIVATIONS, MLPField
 from tests.problems import normal, scipy_reference
+from tests.twins import assert_same, both, needs_compiler, ragged, solved, weighted
 
-pytestmark = pytest.mark.skipif(
-    isinstance(build._outcome("double", "tanh"), build.BuildError),
-    reason="needs a C++ compiler",
-)
+pytestmark = needs_compiler
 
 
 def make_field(dim=3, hidden=(7, 9), activation="tanh", scale=2.0, dtype=torch.float64):
@@ -34,54 +32,6 @@ def make_field(dim=3, hidden=(7, 9), activation="tanh", scale=2.0, dtype=torch.f
         for param in field.parameters():
             param.mul_(scale)
     return field
-
-
-def solved(field, y0, t, *, compile, **how):
-    how = {"rtol": 1e-6, "atol": 1e-6, "step_size": 0.07, **how}
-    return solve(field, y0, t, params=tuple(field.parameters()), compile=compile, **how)
-
-
-def ragged(rows, count, dtype=torch.float64):
-    """Return times (B, T), each row with a span of its own, some of them backwards."""
-    ends = torch.linspace(-1.0, 2.0, rows, dtype=dtype)[:, None]
-    return 0.3 + ends * torch.linspace(0, 1, count, dtype=dtype)
-
-
-def both(field, y0, t, loss, **how):
-    """Return (solution, gradients) of the twin and of compiled code."""
-    pairs = []
-    for compile in (False, True):
-        inputs = [y0.clone().requires_grad_(), t.clone().requires_grad_()]
-        solution = solved(field, *inputs, compile=compile, **how)
-        wanted = (*inputs, *field.parameters())
-        pairs.append(
-            (
-                solution,
-                torch.autograd.grad(loss(solution.ys), wanted, materialize_grads=True),
-            )
-        )
-    return pairs
-
-
-def weighted(ys):
-    weights = torch.linspace(-1, 2, ys.numel(), dtype=ys.dtype).view_as(ys)
-    return (ys.square() * weights).sum() + (ys * weights).sum()
-
-
-def assert_same(pairs, rtol=1e-10):
-    (twin, twin_grads), (fast, fast_grads) = pairs
-    torch.testing.assert_close(fast.ys, twin.ys, rtol=rtol, atol=rtol, equal_nan=True)
-    assert torch.equal(fast.stats.status, twin.stats.status)
-    # A march of the twin goes on with what is not finite; a compiled one ends there.
-    sound = twin.stats.status != Status.NON_FINITE
-    for name in ("n_accepted", "n_rejected"):
-        counts = getattr(fast.stats, name), getattr(twin.stats, name)
-        assert torch.equal(*(count[sound] for count in counts)), name
-    torch.testing.assert_close(fast.stats.t, twin.stats.t)
-    for one, other in zip(fast_grads, twin_grads, strict=True):
-        # What is small beside the rest of a gradient is its rounding.
-        atol = rtol * float(other.abs().max() + 1e-12)
-        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("count", [2, 6])

@@ -14,15 +14,17 @@
 
 namespace skode {
 
-template <class T, Activation A, int V> class Backward {
+template <class Field> class Backward {
 public:
-  static constexpr int L = V * lanes<T>;
+  using T = typename Field::T;
+  static constexpr int V = Field::V, L = V * lanes<T>;
 
   Backward(const Spec &spec, const Cotangents &cotangents, const Method<T> &method,
-           const Layers<T> &layers, std::int64_t first, std::int64_t last,
+           const Network<T> &network, std::int64_t first, std::int64_t last,
            Taken *const *tape, const std::int64_t *written)
       : spec_(spec), given_(cotangents), method_(method),
-        field_(layers, method.stages + 1), dim_(int(spec.state)),
+        
+        field_(network, method.stages + 1, int(spec.state)), dim_(int(spec.state)),
         stages_(method.stages), next_(first), last_(last), tape_(tape), written_(written), y_(tile()),
         u_(tile()), direct_(tile()), slopes_(std::size_t(stages_ + 1) * dim_ * V),
         pulls_(std::size_t(stages_ + 1) * dim_ * V),
@@ -41,13 +43,13 @@ public:
     return true;
   }
 
-  const Perceptron<T, A, V> &field() const { return field_; }
+  const Field &field() const { return field_; }
 
 private:
   const Spec &spec_;
   const Cotangents &given_;
   const Method<T> &method_;
-  Perceptron<T, A, V> field_;
+  Field field_;
   const int dim_, stages_;
   std::int64_t next_, last_;
   Taken *const *tape_;
@@ -159,7 +161,7 @@ private:
     }
     if (given_.grad_t != nullptr)
       time_gradients(used);
-    if (given_.weights != nullptr)
+    if (given_.gradients.weights != nullptr)
       field_.accumulate(used, times);
     for (int l = 0; l < L; ++l)
       if (row_[l] >= 0)

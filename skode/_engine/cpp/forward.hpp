@@ -9,14 +9,12 @@
 #include "method.hpp"
 #include "perceptron.hpp"
 #include "spec.hpp"
+#include "threads.hpp"
 
-#include <chrono>
 #include <cmath>
 #include <vector>
 
 namespace skode {
-
-using Clock = std::chrono::steady_clock;
 
 enum Status { SUCCESS, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE };
 
@@ -35,15 +33,16 @@ template <class T> bool finite(const T *y, std::size_t stride, int count) {
   return sum == T(0);
 }
 
-template <class T, Activation A, int V> class Forward {
+template <class Field> class Forward {
 public:
-  static constexpr int L = V * lanes<T>;
+  using T = typename Field::T;
+  static constexpr int V = Field::V, L = V * lanes<T>;
 
   Forward(const Spec &spec, const Method<T> &method, const Controller<T> &controller,
-          const Layers<T> &layers, std::int64_t first, std::int64_t last, Taken **tape,
-          std::int64_t *written)
-      : spec_(spec), method_(method), controller_(controller), field_(layers, 0),
-        dim_(int(spec.state)), stages_(method.stages), next_(first), last_(last),
+          const Network<T> &network, std::int64_t first, std::int64_t last,
+          Taken **tape, std::int64_t *written)
+      : spec_(spec), method_(method), controller_(controller),
+        field_(network, 0, int(spec.state)), dim_(int(spec.state)), stages_(method.stages), next_(first), last_(last),
         tape_(tape), written_(written), arena_(sizeof(Taken) + sizeof(T) * dim_), y_(tile()),
         state_(tile()), after_(tile()), wait_y_(tile()), wait_slope_(tile()),
         slopes_(std::size_t(stages_ + 1) * dim_ * V) {
@@ -65,7 +64,7 @@ private:
   const Spec &spec_;
   const Method<T> &method_;
   const Controller<T> &controller_;
-  Perceptron<T, A, V> field_;
+  Field field_;
   const int dim_, stages_;
   std::int64_t next_, last_;
   Taken **tape_; // the last step of each row, if steps are kept,

@@ -18,7 +18,7 @@ template <class T> struct Method {
   std::vector<T> a, b, b_err;
   std::vector<double> c, dense;
 
-  explicit Method(const Spec &spec)
+  explicit Method(const MethodSpec &spec)
       : stages(int(spec.stages)), order(int(spec.order)), powers(int(spec.powers)),
         adaptive(spec.b_err != nullptr), a(spec.a, spec.a + stages * stages),
         b(spec.b, spec.b + stages), c(spec.c, spec.c + stages + 1),
@@ -58,13 +58,13 @@ public:
   static constexpr double beta = 0.04, safety = 0.9, shrink = 0.2, grow = 10.0;
   T rtol, atol;
 
-  explicit Controller(const Spec &spec) : order_(double(spec.order)) {
+  explicit Controller(const Spec &spec) : order_(double(spec.method.order)) {
     const double root = std::sqrt(double(spec.state));
     rtol = T(spec.rtol * root);
     atol = T(std::fmax(spec.atol * root, double(std::numeric_limits<T>::min())));
     const double finest = std::fmax(spec.rtol, spec.atol);
     noise_ = std::fmin(1e-2, 16.0 * std::numeric_limits<T>::epsilon() / finest);
-    constant_ = safety / std::pow(spec.error_constant, 1.0 / order_);
+    constant_ = safety / std::pow(spec.method.error_constant, 1.0 / order_);
   }
 
   // `size` and `speed`: norms of the state and of its slope; `change`: of the slope's
