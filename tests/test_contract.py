@@ -19,8 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skode import ODEClassifier, ODERegressor
-from tests.tables import Spring, blobs, classifier, curve, regressor
+from skode import CNFDensityEstimator, ODEClassifier, ODERegressor
+from tests.tables import Spring, blobs, classifier, curve, density, moons, regressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 BOTH = pytest.mark.parametrize(
@@ -45,8 +45,24 @@ def test_scikit_learn_accepts_a_small_net(estimator, check):
     check(estimator)
 
 
+@parametrize_with_checks(
+    [
+        density(hidden_layer_sizes=(4,), max_iter=5, **variant)
+        for variant in (
+            {},
+            {"dtype": "float64", "marginals": "auto", "objective": "two_stage"},
+            {"trace": "hutchinson", "objective": "flow_matching"},
+        )
+    ]
+)
+# One check has more columns than rows.
+@pytest.mark.filterwarnings("ignore:X has .* too few rows:UserWarning")
+def test_scikit_learn_accepts_a_small_flow(estimator, check):
+    check(estimator)
+
+
 @pytest.mark.slow
-@parametrize_with_checks([ODEClassifier(), ODERegressor()])
+@parametrize_with_checks([ODEClassifier(), ODERegressor(), CNFDensityEstimator()])
 def test_scikit_learn_accepts_the_defaults(estimator, check):
     check(estimator)
 

@@ -352,6 +352,15 @@ def test_contamination_is_the_share_of_training_rows_called_outliers(contaminati
     assert np.array_equal(labels == -1, decision < 0)
 
 
+def test_the_threshold_is_not_on_a_row():
+    X = moons(50)
+    model = density(dtype="float32").fit(X)
+    gaps = np.abs(model.decision_function(X))
+    assert gaps.min() > 1e-3
+    below = np.sort(model.score_samples(X))[3:5]
+    assert model.offset_ == pytest.approx(below.mean(), abs=1e-5)
+
+
 def test_planted_outliers_are_found():
     X = moons()
     planted = X.mean(axis=0) + X.std(axis=0) * [[8, 8], [-9, 3], [0, 12]]
