@@ -494,16 +494,7 @@ class CNFDensityEstimator(
         SolverError
             If a row needs more than `max_steps` steps, or blows up.
         """
-        X, context = self._checked(X, y)
-        scores, log_det = self.preprocessing_.forward(X)
-        how = integration(self)
-
-        def densities(x):
-            probes = _probes(self, x)
-            return self.module_.log_densities(*self._split(x), how, probes)
-
-        estimates = self._apply(densities, scores, context)
-        log_density = (estimates.mean(axis=1) + log_det).astype(estimates.dtype)
+        log_density, estimates = self._log_densities(*self._checked(X, y))
         if not return_std:
             return log_density
         n = estimates.shape[1]
@@ -811,6 +802,18 @@ class CNFDensityEstimator(
         rows = scores if context is None else np.hstack([scores, context])
         return apply(function, rows, self.module_)
 
+    def _log_densities(self, X, context):
+        """Return log-densities of valid rows (n,), and the flow's by probe, (n, P)."""
+        scores, log_det = self.preprocessing_.forward(X)
+        how = integration(self)
+
+        def densities(x):
+            probes = _probes(self, x)
+            return self.module_.log_densities(*self._split(x), how, probes)
+
+        estimates = self._apply(densities, scores, context)
+        return (estimates.mean(axis=1) + log_det).astype(estimates.dtype), estimates
+
     def _split(self, x):
         """Return rows and context of tensors that hold both."""
         if self._conditions is None:
@@ -833,7 +836,9 @@ class CNFDensityEstimator(
             index = rng.choice(index, _OFFSET_ROWS, replace=False)
         given = None if self._conditions is None else np.asarray(y)[index]
         try:
-            densities = self.score_samples(X[index], given)
+            # Not by score_samples, which would miss the names of a frame's columns.
+            context = self._context(given, len(index))
+            densities, _ = self._log_densities(X[index], context)
         except SolverError as error:
             # The fit is not lost for want of a threshold.
             self.offset_ = np.nan
