@@ -55,7 +55,7 @@ _COPIES = 4
 """Redrawn copies of a training table with atoms, among which each batch chooses."""
 _GRID_TOLERANCE = 0.02
 _LEAST_ALPHA = 0.005
-_NOISY_ROWS, _LEAST_NOISE, _MOST_NOISE = 55.0, 0.007, 0.5
+_NOISY_ROWS, _LEAST_NOISE, _MOST_NOISE = 55.0, 0.008, 0.5
 _OFFSET_ROWS = 10_000
 
 
@@ -161,7 +161,7 @@ class CNFDensityEstimator(
         Learning rate at the plateau of its schedule: it rises over five epochs and
         falls to zero over the last third of `max_iter`, or once the score has stopped
         improving.
-    max_iter : int, default=100
+    max_iter : int, default=120
         Epochs.
     tol : float, default=1e-4
         The loss has stopped improving when its best value, in nats, has fallen by less
@@ -301,7 +301,7 @@ class CNFDensityEstimator(
         alpha="auto",
         batch_size="auto",
         learning_rate_init=2e-2,
-        max_iter=100,
+        max_iter=120,
         tol=1e-4,
         n_iter_no_change=20,
         early_stopping="auto",

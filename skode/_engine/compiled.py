@@ -29,6 +29,7 @@ from skode._engine.packing import (
     NETWORK,
     OUT_OF_MEMORY,
     REAL,
+    UNWANTED,
     Gradients,
     address_of,
     method,
@@ -176,7 +177,7 @@ class _Program:
         grad = grad.resolve_neg().contiguous()
         grad_y0 = grad.new_empty(grad.shape[0], grad.shape[2])
         grad_t = torch.zeros(grad.shape[:2], dtype=torch.float64) if timed else None
-        grads = Gradients.zeros(self._layers, grad) if trained else Gradients.none()
+        grads = Gradients.zeros(self._layers, grad) if trained else UNWANTED
         cotangents = _COTANGENTS.pack(
             grad.data_ptr(),
             grad_y0.data_ptr(),

@@ -23,6 +23,7 @@ from skode._engine.packing import (
     MOST_STAGES,
     NETWORK,
     REAL,
+    UNWANTED,
     Gradients,
     Packed,
     address_of,
@@ -110,7 +111,7 @@ class CompiledMarch:
         grad = grad.resolve_neg().contiguous()
         grad_error = grad_error.resolve_neg().contiguous()
         grad_y = torch.empty_like(grad)
-        grads = Gradients.zeros(self.layers, grad) if trained else Gradients.none()
+        grads = Gradients.zeros(self.layers, grad) if trained else UNWANTED
         for part in self._parts(len(grad)):
             spec = self._packed(grad[part], None, None, tape[part])
             cotangents = _COTANGENTS.pack(

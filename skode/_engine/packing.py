@@ -5,8 +5,7 @@ They hold addresses of what Python keeps: whoever passes one holds on to `held`.
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ _WORTH_A_THREAD = 2**18
 """Multiplications of one evaluation of its rows; a thread takes 30 us to start."""
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(NamedTuple):
     """The members of a structure, and what they point to."""
 
     members: tuple[float, ...]
@@ -70,8 +68,7 @@ def method(tableau: Tableau, device: torch.device) -> Packed:
     return Packed(members, (coef,))
 
 
-@dataclass(frozen=True, slots=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Where C++ adds the gradient of the layers' parameters, and of M; or nowhere."""
 
     params: tuple[Tensor, ...]
@@ -82,7 +79,8 @@ class Gradients:
     @classmethod
     def zeros(cls, layers: Layers, like: Tensor) -> "Gradients":
         """Return memory, in the type of `like`."""
-        inputs, outputs = layers.widths[:-1], layers.widths[1:]
+        widths = layers.widths
+        inputs, outputs = widths[:-1], widths[1:]
         shapes = list(zip(outputs, inputs, strict=True))
         sizes = [n * m for n, m in shapes] + [*outputs, *outputs]
         parts = like.new_zeros(sum(sizes)).split(sizes)
@@ -95,10 +93,9 @@ class Gradients:
         packed = Packed((*map(address_of, groups), at), (groups,))
         return cls(params, trace, packed)
 
-    @classmethod
-    def none(cls) -> "Gradients":
-        """Return those of parameters that want none."""
-        return cls((), None, Packed((0, 0, 0, 0), ()))
+
+UNWANTED = Gradients((), None, Packed((0, 0, 0, 0), ()))
+"""Those of parameters that want none."""
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> "array[int]":
