@@ -23,7 +23,7 @@ def moon():
     """Return an estimator of two columns that has learned something."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return density(hidden_layer_sizes=(16, 16), max_iter=80).fit(moons())
+        return density(hidden_layer_sizes=(16, 16), max_iter=80, rtol=1e-6).fit(moons())
 
 
 def weights_of(model):
@@ -435,13 +435,20 @@ def test_noise_flattens():
 # ----------------------------------------------------------------------- weights
 
 
-def test_a_weight_is_a_number_of_rows():
+@each_objective
+@pytest.mark.parametrize("marginals", [None, "auto"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_weight_is_a_number_of_rows(objective, marginals, conditional):
     X, times = moons(40), 1 + np.arange(40) % 3
-    plain = {"noise": 0.0, "batch_size": 1000, "max_iter": 10}
-    one = density(**plain).fit(X, sample_weight=times)
-    other = density(**plain).fit(X.repeat(times, axis=0))
-    np.testing.assert_allclose(weights_of(one), weights_of(other), rtol=1e-6)
-    np.testing.assert_allclose(one.offset_, other.offset_, rtol=1e-6)
+    X[:8, 0] = X[0, 0]  # an atom, whose rows are redrawn
+    y = np.arange(40.0) if conditional else None
+    plain = {"objective": objective, "marginals": marginals, "batch_size": 16}
+    one, other = (density(conditional=conditional, **plain) for _ in range(2))
+    one.fit(X, y, sample_weight=times)
+    again = np.random.default_rng(0).permutation(np.arange(40).repeat(times))
+    other.fit(X[again], None if y is None else y[again])
+    np.testing.assert_allclose(weights_of(one), weights_of(other), atol=1e-6)
+    assert one.offset_ == pytest.approx(other.offset_, abs=1e-4)
 
 
 @pytest.mark.parametrize("marginals", [None, "auto"])
@@ -475,12 +482,11 @@ def test_partial_fit_learns_from_chunks(objective, conditional):
     X = moons(240)
     y = X[:, 0] > X[:, 0].mean() if conditional else None
     model = density(objective=objective, conditional=conditional)
-    for epoch in range(20):
+    for _ in range(20):
         for chunk in np.split(np.arange(240), 3):
             model.partial_fit(X[chunk], None if y is None else y[chunk])
-        if epoch == 0:
-            first = model.score(X, y)
-    assert model.score(X, y) > first + 0.01
+    assert np.mean(model.loss_curve_[-20:]) < np.mean(model.loss_curve_[:5])
+    assert np.isfinite(model.score(X, y))
     assert model.n_iter_ == len(model.loss_curve_) == 60
     assert model.loss_ == model.loss_curve_[-1]
     assert model.best_loss_ == min(model.loss_curve_)

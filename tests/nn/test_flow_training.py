@@ -31,9 +31,9 @@ def flow_of(dim=2, hidden=(8, 6), context=0, scale=0.5):
     return flow
 
 
-def likelihood_of(flow, penalties=NONE, probes=0, tolerance=0.02, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Likelihood(flow, penalties, probes, tolerance, generator)
+def likelihood_of(flow, penalties=NONE, probes=0, tolerance=0.02, compile=False):
+    generator = torch.Generator().manual_seed(0)
+    return Likelihood(flow, penalties, probes, tolerance, generator, compile)
 
 
 def batch_of(rows, dim=2, context=0, weight=None, seed=20):
@@ -161,6 +161,24 @@ def test_gradients_of_the_loss(penalties, probes, hidden):
         )
 
 
+@pytest.mark.parametrize("penalties", [NONE, Penalties(0.1, 0.0, 3.0)])
+@pytest.mark.parametrize("hidden", [(), (8,), (8, 6), (5, 5, 5)], ids=len)
+def test_compiled_code_has_the_same_loss(penalties, hidden):
+    flow, batch = flow_of(hidden=hidden, context=1), batch_of(4, context=1)
+    plain, fast = (
+        likelihood_of(flow, penalties, compile=compile)(batch)
+        for compile in (False, True)
+    )
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+    params = tuple(flow.parameters())
+    for ours, wanted in zip(
+        torch.autograd.grad(fast, params),
+        torch.autograd.grad(plain, params),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_penalties_are_integrals_along_the_path():
     flow, batch = flow_of(), batch_of(5)
     weights = {"kinetic": 0.7, "jacobian": 0.0, "error": 0.0}
@@ -222,7 +240,7 @@ def error(flow, batch):
 @pytest.mark.parametrize(
     ("measure", "penalties"),
     [
-        (kinetic, Penalties(0.3, 0.0, 0.0)),
+        (kinetic, Penalties(3.0, 0.0, 0.0)),
         (jacobian, Penalties(0.0, 0.1, 0.0)),
         (error, Penalties(0.0, 0.0, 100.0)),
     ],
