@@ -226,6 +226,8 @@ def fit_ffjord(X, budget, seed):
 def fit_skode(X, budget, seed):
     import skode
 
+    # The flows of this file compute in float32; ours follows its rows.
+    X = X.astype(np.float32)
     estimator = skode.CNFDensityEstimator(random_state=seed).fit(X)
 
     def at_tolerance(x, tol):
