@@ -1,13 +1,16 @@
 """Neural ordinary differential equations for scikit-learn."""
 
 from skode.density import CNFDensityEstimator
+from skode.display import DensityDisplay, FlowDisplay
 from skode.exceptions import DivergenceError, SolverError, SolverWarning
 from skode.odeint import odeint, odeint_adjoint
 from skode.supervised import ODEClassifier, ODERegressor
 
 __all__ = [
     "CNFDensityEstimator",
+    "DensityDisplay",
     "DivergenceError",
+    "FlowDisplay",
     "ODEClassifier",
     "ODERegressor",
     "SolverError",

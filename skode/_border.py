@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils._optional_dependencies import check_matplotlib_support
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.extmath import softmax
 from sklearn.utils.validation import _check_sample_weight
@@ -26,6 +27,7 @@ __all__ = [
     "PortableEstimator",
     "apply",
     "at_least",
+    "check_matplotlib_support",
     "check_weights",
     "choice",
     "fit_context",

@@ -802,8 +802,14 @@ class CNFDensityEstimator(
         rows = scores if context is None else np.hstack([scores, context])
         return apply(function, rows, self.module_)
 
+    def _split(self, x):
+        """Return rows and context of tensors that hold both."""
+        if self._conditions is None:
+            return x, None
+        return x[:, : self.n_features_in_], x[:, self.n_features_in_ :]
+
     def _log_densities(self, X, context):
-        """Return log-densities of valid rows (n,), and the flow's by probe, (n, P)."""
+        """Return (n,) of checked rows, and (n, n_probes) estimates before the map."""
         scores, log_det = self.preprocessing_.forward(X)
         how = integration(self)
 
@@ -812,13 +818,8 @@ class CNFDensityEstimator(
             return self.module_.log_densities(*self._split(x), how, probes)
 
         estimates = self._apply(densities, scores, context)
-        return (estimates.mean(axis=1) + log_det).astype(estimates.dtype), estimates
-
-    def _split(self, x):
-        """Return rows and context of tensors that hold both."""
-        if self._conditions is None:
-            return x, None
-        return x[:, : self.n_features_in_], x[:, self.n_features_in_ :]
+        log_density = (estimates.mean(axis=1) + log_det).astype(estimates.dtype)
+        return log_density, estimates
 
     def _to_data(self, Z, context):
         how = integration(self)
@@ -836,7 +837,7 @@ class CNFDensityEstimator(
             index = rng.choice(index, _OFFSET_ROWS, replace=False)
         given = None if self._conditions is None else np.asarray(y)[index]
         try:
-            # Not by score_samples, which would miss the names of a frame's columns.
+            # Not score_samples, which would miss the names of a frame's columns.
             context = self._context(given, len(index))
             densities, _ = self._log_densities(X[index], context)
         except SolverError as error:
