@@ -143,8 +143,12 @@ def check_same_shape(est, shape):
         )
 
 
-def warn_unfinished(est, history, held_out):
-    """Warn of a fit that ended before the loss had stopped improving."""
+def warn_unfinished(est, history, held_out, stacklevel=4):
+    """Warn of a fit that ended before the loss had stopped improving.
+
+    At a `stacklevel` of 4, the warning points through scikit-learn's wrapper at the
+    caller of the method that calls this function.
+    """
     if history.converged or history.interrupted:
         return
     watched = "validation score rose" if held_out else "loss fell"
@@ -154,5 +158,5 @@ def warn_unfinished(est, history, held_out):
         f"1000 * tol = {1000 * est.tol:g} in its last n_iter_no_change epochs: "
         f"raise max_iter{advice}.",
         ConvergenceWarning,
-        stacklevel=5,  # through scikit-learn's wrapper of fit
+        stacklevel=stacklevel,
     )

@@ -849,14 +849,12 @@ class CNFDensityEstimator(
                 stacklevel=4,
             )
             return
-        self.offset_ = float(
-            np.quantile(
-                densities,
-                self.contamination,
-                weights=weight[index],
-                method="inverted_cdf",
-            )
+        offset = np.quantile(
+            densities, self.contamination, weights=weight[index], method="inverted_cdf"
         )
+        below = densities[densities < offset]
+        # Halfway down to the next row: on a row itself, rounding would decide.
+        self.offset_ = float(0.5 * (offset + below.max()) if len(below) else offset)
 
 
 _STAGES = {
@@ -871,7 +869,8 @@ _HOLD_OUT_FROM = 1000
 def _tables(est, X, context, weight, device, generator, holds_out):
     """Return the table to train on, and the rows held out, or None; both whitened."""
     dtype = torch_dtype(est.dtype, X)
-    seed, index, held = generator.initial_seed(), np.flatnonzero(weight > 0), None
+    seed, held = generator.initial_seed(), None
+    index, weight = _distinct(X, context, weight)
 
     def tensors(rows):
         given = None if context is None else to_tensor(context[rows], device, dtype)
@@ -911,6 +910,22 @@ def _noise(est, weight):
         return est.noise
     few = (_NOISY_ROWS / weight.sum()) ** 2
     return min(_MOST_NOISE, _LEAST_NOISE + 0.5 * _smoothing(est, weight) + few)
+
+
+def _distinct(X, context, weight):
+    """Return indices of rows that differ, and the weights of all that are the same.
+
+    Noise is drawn for each row of a table. With one row for all that are the same, in
+    one order, a weight is exactly a number of rows, also for what noise makes of it.
+    """
+    counts = np.flatnonzero(weight > 0)
+    rows = X if context is None else np.hstack([X, context])
+    _, first, same = np.unique(
+        rows[counts], axis=0, return_index=True, return_inverse=True
+    )
+    total = np.zeros(len(X))
+    total[counts[first]] = np.bincount(same, weight[counts])
+    return counts[first], total
 
 
 def _likelihood(est, generator):

@@ -1038,7 +1038,7 @@ def _fit(est, X, targets, weight, task, fresh):
         finally:
             est.module_.eval()
             record(est, history)
-    warn_unfinished(est, history, holds_out)
+    warn_unfinished(est, history, holds_out, stacklevel=5)  # not a method
 
 
 def _partial_fit(est, X, targets, weight, task, fresh):

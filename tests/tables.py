@@ -5,13 +5,21 @@ import torch
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from skode import ODEClassifier, ODERegressor
+from skode import CNFDensityEstimator, ODEClassifier, ODERegressor
 
 QUICK = {
     "hidden_layer_sizes": (8,),
     "state_size": 4,
     "learning_rate_init": 0.05,
     "max_iter": 20,
+    "random_state": 0,
+}
+
+QUICK_FLOW = {
+    "hidden_layer_sizes": (8,),
+    "marginals": None,
+    "learning_rate_init": 0.02,
+    "max_iter": 15,
     "random_state": 0,
 }
 
@@ -24,6 +32,21 @@ def classifier(**params):
 def regressor(**params):
     """Return a small regressor."""
     return ODERegressor(**{**QUICK, **params})
+
+
+def density(**params):
+    """Return a small density estimator."""
+    return CNFDensityEstimator(**{**QUICK_FLOW, **params})
+
+
+def moons(n_rows=200, seed=0):
+    """Return two columns, in units far from standard, around two half circles."""
+    rng = np.random.default_rng(seed)
+    upper, angle = rng.random(n_rows) < 0.5, rng.uniform(0, np.pi, n_rows)
+    side = np.where(upper, 1.0, -1.0)
+    rows = np.column_stack([side * (np.cos(angle) - 0.5), side * np.sin(angle)])
+    rows += 0.15 * rng.standard_normal((n_rows, 2))
+    return rows * [3.0, 0.2] + [-5.0, 40.0]
 
 
 def blobs(n_classes=2, n_rows=60, n_features=3, seed=0):

@@ -19,8 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from skode import ODEClassifier, ODERegressor
-from tests.tables import Spring, blobs, classifier, curve, regressor
+from skode import CNFDensityEstimator, ODEClassifier, ODERegressor
+from tests.tables import Spring, blobs, classifier, curve, density, moons, regressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 BOTH = pytest.mark.parametrize(
@@ -45,8 +45,25 @@ def test_scikit_learn_accepts_a_small_net(estimator, check):
     check(estimator)
 
 
+@parametrize_with_checks(
+    [
+        density(hidden_layer_sizes=(4,), max_iter=5, **variant)
+        for variant in (
+            {},
+            {"dtype": "float64", "marginals": "auto", "objective": "two_stage"},
+            {"trace": "hutchinson", "objective": "flow_matching"},
+        )
+    ]
+)
+# One check has more columns than rows.
+@pytest.mark.filterwarnings("ignore:X has .* too few rows:UserWarning")
+def test_scikit_learn_accepts_a_small_flow(estimator, check):
+    check(estimator)
+
+
 @pytest.mark.slow
-@parametrize_with_checks([ODEClassifier(), ODERegressor()])
+@pytest.mark.filterwarnings("ignore:X has .* too few rows:UserWarning")
+@parametrize_with_checks([ODEClassifier(), ODERegressor(), CNFDensityEstimator()])
 def test_scikit_learn_accepts_the_defaults(estimator, check):
     check(estimator)
 
@@ -263,3 +280,165 @@ def test_dtype_is_what_is_computed_in(make, table, dtype, given):
     X, y = table()
     model = make(dtype=dtype, max_iter=2).fit(X.astype(given), y)
     assert model.transform(X.astype(given)).dtype == dtype
+
+
+# -------------------------------------------------------------------- densities
+
+
+def test_a_density_in_a_pipeline_with_names():
+    frame = pd.DataFrame(moons(), columns=["a", "b"])
+    model = make_pipeline(StandardScaler(), density()).fit(frame)
+    assert model.score(frame) == model[-1].score(model[0].transform(frame))
+    assert model.predict(frame).shape == model.score_samples(frame).shape == (200,)
+    assert list(model.get_feature_names_out()) == [
+        "cnfdensityestimator0",
+        "cnfdensityestimator1",
+    ]
+
+
+def test_a_density_as_a_transformer_in_a_pipeline():
+    X, y = blobs(n_features=2)
+    model = make_pipeline(density(), LogisticRegression()).fit(X, y)
+    assert model.score(X, y) > 0.9
+
+
+def test_grid_search_of_densities_by_score_in_two_processes():
+    X = moons(100)
+    grid = {
+        "solver": ["dopri5", "bosh3"],
+        "rtol": [1e-1, 1e-3],
+        "hidden_layer_sizes": [(4,), (8, 8)],
+    }
+    search = GridSearchCV(density(max_iter=10), grid, cv=2, n_jobs=2).fit(X)
+    scores = search.cv_results_["mean_test_score"]
+    assert np.isfinite(scores).all() and len(set(scores)) > 4
+    alone = density(max_iter=10, **search.best_params_).fit(X)
+    assert np.array_equal(search.score_samples(X), alone.score_samples(X))
+    assert search.best_score_ == scores.max()
+
+
+def test_grid_search_of_conditional_densities():
+    X, y = blobs(n_classes=2, n_features=2)
+    model = density(conditional=True, max_iter=10)
+    search = GridSearchCV(model, {"activation": ["tanh", "silu"]}, cv=2).fit(X, y)
+    assert np.isfinite(search.best_score_)
+    assert cross_val_score(model, X, y, cv=3).shape == (3,)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_pickled_density_is_the_same(conditional, tmp_path):
+    X = moons(60)
+    y = np.where(X[:, 0] > X[:, 0].mean(), "right", "left") if conditional else None
+    model = density(conditional=conditional, marginals="auto", trace="hutchinson")
+    model.fit(X, y)
+    joblib.dump(model, tmp_path / "model.joblib")
+    joblibbed = joblib.load(tmp_path / "model.joblib")
+    for loaded in (pickle.loads(pickle.dumps(model)), joblibbed):
+        assert np.array_equal(loaded.score_samples(X, y), model.score_samples(X, y))
+        wanted = model.sample(5, random_state=0, y=None if y is None else "left")
+        drawn = loaded.sample(5, random_state=0, y=None if y is None else "left")
+        assert np.array_equal(drawn, wanted)
+        assert loaded.loss_curve_ == model.loss_curve_
+        loaded.partial_fit(X, y)
+
+
+def test_a_clone_of_a_density_is_unfitted_and_fits_the_same():
+    X = moons(60)
+    model = density().fit(X)
+    copy = clone(model)
+    assert not hasattr(copy, "module_")
+    assert np.array_equal(copy.fit(X).score_samples(X), model.score_samples(X))
+
+
+@pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame])
+def test_densities_read_frames_by_name(frame):
+    X = moons(60)
+    rows = frame({"a": X[:, 0], "b": X[:, 1]})
+    model = density().fit(rows)
+    assert list(model.feature_names_in_) == ["a", "b"]
+    assert np.array_equal(model.score_samples(rows), density().fit(X).score_samples(X))
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.score_samples(rows[["b", "a"]])
+
+
+@pytest.mark.parametrize(
+    ("library", "frame"), [("pandas", pd.DataFrame), ("polars", pl.DataFrame)]
+)
+def test_points_of_the_base_come_as_the_frame_asked_for(library, frame):
+    X = moons(60)
+    model = density().set_output(transform=library).fit(X)
+    points = model.transform(X)
+    assert isinstance(points, frame)
+    assert list(points.columns) == list(model.get_feature_names_out())
+    plain = model.set_output(transform="default").transform(X)
+    assert np.array_equal(points.to_numpy(), plain)
+    np.testing.assert_allclose(model.inverse_transform(points), X, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        pd.Series(["a", "b"] * 30),
+        pd.Series(["a", "b"] * 30, dtype="category"),
+        pd.DataFrame({"u": np.arange(60.0), "v": np.ones(60)}),
+        pl.Series(["a", "b"] * 30),
+        [True, False] * 30,
+    ],
+    ids=["series", "category", "frame", "polars", "list"],
+)
+def test_conditions_come_in_any_kind(y):
+    X = moons(60)
+    model = density(conditional=True, max_iter=2).fit(X, y)
+    ours = density(conditional=True, max_iter=2).fit(X, np.asarray(y))
+    assert np.array_equal(
+        model.score_samples(X, y), ours.score_samples(X, np.asarray(y))
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("given", [np.float32, np.float64, np.int64])
+def test_densities_are_in_the_dtype_asked_for(dtype, given):
+    X = (10 * moons(60)).astype(given)
+    model = density(dtype=dtype, max_iter=2).fit(X)
+    results = [model.score_samples(X), model.sample(3), model.transform(X)]
+    results += [model.inverse_transform(results[2]), model.trajectory(X, [0.0, 1.0])]
+    assert [result.dtype for result in results] == [dtype] * 5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_densities_keep_the_dtype_by_default(dtype):
+    X = moons(60).astype(dtype)
+    model = density(max_iter=2).fit(X)
+    assert model.score_samples(X).dtype == model.transform(X).dtype == dtype
+    assert model.sample(2).dtype == dtype
+
+
+def test_weights_are_routed_to_a_density():
+    X, weight = moons(60), np.random.default_rng(0).uniform(0, 2, 60)
+    with sklearn.config_context(enable_metadata_routing=True):
+        scaler = StandardScaler().set_fit_request(sample_weight=False)
+        model = density().set_fit_request(sample_weight=True)
+        routed = make_pipeline(scaler, model).fit(X, sample_weight=weight)
+    scaled = StandardScaler().fit_transform(X)
+    plain = density().fit(scaled, sample_weight=weight)
+    assert np.array_equal(routed.score_samples(X), plain.score_samples(scaled))
+    assert not np.array_equal(
+        plain.score_samples(scaled), density().fit(scaled).score_samples(scaled)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", ["likelihood", "flow_matching"])
+def test_a_density_of_a_gpu_is_that_of_the_cpu(objective):
+    X = moons()
+    gpu, cpu = (
+        density(device=device, dtype="float64", objective=objective).fit(X)
+        for device in ("cuda", "cpu")
+    )
+    np.testing.assert_allclose(gpu.loss_curve_, cpu.loss_curve_, rtol=1e-6)
+    loaded = pickle.loads(pickle.dumps(gpu)).set_params(device="cpu")
+    assert next(loaded.module_.parameters()).device.type == "cpu"
+    np.testing.assert_allclose(
+        loaded.score_samples(X), gpu.score_samples(X), rtol=1e-9, atol=1e-9
+    )
+    assert gpu.sample(3, random_state=0).shape == (3, 2)

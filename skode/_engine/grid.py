@@ -54,9 +54,12 @@ class Grid:
         self._field, self._compile = field, compile
         self.kernel: Kernel = bind(field, self.params)
         self._slopes = torch.empty(0)
+        self.marches = 0
 
     def march(self, y: Tensor, knots: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Return the state at the last knot, and how far the steps were off.
+
+        A march is differentiated before the next one, which writes over its memory.
 
         Parameters
         ----------
@@ -104,6 +107,7 @@ class _March(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tab, kernel, m = grid.tableau, grid.kernel, grid.controlled
         n, s = len(knots) - 1, tab.stages
+        grid.marches += 1
         times = [
             knots[i] + c * (knots[i + 1] - knots[i]) for i in range(n) for c in tab.c
         ]
@@ -129,7 +133,7 @@ class _March(torch.autograd.Function):
             errors.append(e)
             error += e.square().sum(dim=1)
         ctx.grid, ctx.knots, ctx.errors = grid, knots, errors
-        ctx.cotangents = cotangents
+        ctx.cotangents, ctx.march = cotangents, grid.marches
         return states[-1].clone(), error
 
     @staticmethod
@@ -137,6 +141,7 @@ class _March(torch.autograd.Function):
         ctx: Any, grad: Tensor, grad_error: Tensor
     ) -> tuple[Tensor | None, ...]:
         grid, knots, v = ctx.grid, ctx.knots, ctx.cotangents
+        assert ctx.march == grid.marches, "differentiate a march before the next one"
         tab, kernel, m = grid.tableau, grid.kernel, grid.controlled
         s = tab.stages
         u, pulled = grad.clone(), grad.new_empty(s + 1, *grad.shape)

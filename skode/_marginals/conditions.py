@@ -36,7 +36,7 @@ class Conditions:
         values = np.asarray(y)
         _check_length(values, len(weight))
         if values.ndim == 1 and values.dtype.kind in "OUSbiu":
-            labels = np.unique(values)
+            labels = _distinct(values)
             return cls(labels, np.zeros(len(labels)), np.ones(len(labels)))
         table = _table(values)
         shift = np.average(table, axis=0, weights=weight)
@@ -61,7 +61,7 @@ class Conditions:
                     f"given {len(self.shift)}."
                 )
             return (table - self.shift) / self.scale
-        unknown = np.setdiff1d(values, self.labels)
+        unknown = np.setdiff1d(_distinct(values), self.labels)
         if len(unknown):
             raise ValueError(
                 f"y has labels {unknown.tolist()} that were not there in fit: "
@@ -83,6 +83,20 @@ def _check_length(values: np.ndarray, n_rows: int) -> None:
         raise ValueError(
             f"y must have one entry for each of {n_rows} rows, got {values.shape}."
         )
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """Return the labels that occur, sorted."""
+    try:
+        labels = np.unique(values)
+    except TypeError:  # words and None do not compare
+        labels = np.array([None])
+    if not (labels == labels).all() or labels[0] is None:
+        raise ValueError(
+            "Labels in y must be of one kind, and none missing: drop or fill these "
+            "rows."
+        )
+    return labels
 
 
 def _table(values: np.ndarray) -> np.ndarray:

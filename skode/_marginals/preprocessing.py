@@ -35,7 +35,7 @@ class Preprocessing:
     whitening: np.ndarray  # (D, D), symmetric
     colouring: np.ndarray  # (D, D), its inverse
     log_det: float  # of the whitening
-    flat: np.ndarray  # (D, M) noise for the directions in which training rows are flat
+    flat: np.ndarray  # (D, D), or (D, 0): noise for directions in which rows are flat
 
     def forward(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Map rows to scores.
@@ -275,7 +275,10 @@ def _whitened(
         (vectors / root) @ vectors.T,
         (vectors * root) @ vectors.T,
         float(-np.log(root).sum()),
-        vectors[:, flat] * np.sqrt(missing),
+        # Symmetric, too: the vectors of equal eigenvalues are any of their plane.
+        (vectors[:, flat] * np.sqrt(missing)) @ vectors[:, flat].T
+        if flat.any()
+        else np.empty((n_columns, 0)),
     )
 
 
