@@ -51,7 +51,7 @@ from skode.exceptions import SolverError, SolverWarning
 
 __all__ = ["CNFDensityEstimator"]
 
-_COPIES = 4
+_COPIES, _MOST_COPIES = 4, 64
 """Redrawn copies of a training table with atoms, among which each batch chooses."""
 _GRID_TOLERANCE = 0.02
 _LEAST_ALPHA = 0.005
@@ -883,15 +883,26 @@ def _tables(est, X, context, weight, device, generator, holds_out):
         index, held_index = index[train_rows], index[held_rows]
         x = to_tensor(forward(X[held_index])[0], device, dtype)
         held = Batch(x, *tensors(held_index))
-    rng = np.random.default_rng(seed)
-    copies = [
-        forward(est.preprocessing_.jitter(X[index], rng))[0] for _ in range(_COPIES)
-    ]
+    copies = _copies(est, X[index], weight.sum(), seed)
     noise = _noise(est, weight)
-    x = to_tensor(np.stack(copies), device, dtype)
+    x = to_tensor(copies, device, dtype)
     covariates = context is not None and est._conditions.labels is None
     context_noise = noise if covariates else 0.0
     return Table(x, *tensors(index), noise, context_noise, generator), held
+
+
+def _copies(est, rows, n_rows, seed):
+    """Return the whitened rows, redrawn where their values stand for intervals.
+
+    (1, n, D) if none do; else as many times as makes some copies of a table of
+    `n_rows`, of which these are the distinct ones.
+    """
+    preprocessing, rng = est.preprocessing_, np.random.default_rng(seed)
+    if np.array_equal(preprocessing.jitter(rows, rng), rows):
+        return preprocessing.forward(rows)[0][None]
+    times = _COPIES * int(min(_MOST_COPIES, max(1, np.ceil(n_rows / len(rows)))))
+    drawn = preprocessing.jitter(np.tile(rows, (times, 1)), rng)
+    return preprocessing.forward(drawn)[0].reshape(times, *rows.shape)
 
 
 def _smoothing(est, weight):

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import ndtri
 
 from skode._marginals.column import NARROWEST, Axis, Column, Kind, fit_column
 
@@ -21,9 +20,6 @@ _TINY_EIGENVALUE = 1e-12
 # Rows are flat in a direction in which they show less than this share of its variance.
 _FLAT = 0.1
 _MOST_NAMED = 5
-# Of the noise in flat directions: its turns per unit of the scores, the digits of those
-# that it depends on, the rest being rounding, and the share that its ends are cut at.
-_FAST, _DIGITS, _RAREST = 1e3, 6, 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,17 +71,8 @@ class Preprocessing:
         for j, column in enumerate(self.columns or ()):
             X[:, j] = column.jitter(X[:, j], rng)
         if self.flat.shape[1]:
-            scores = self.forward(X)[0]
-            # As a function of the row, that equal rows get equal noise: the flow then
-            # sees the same table, whether a row has weight two or stands there twice.
-            # The symmetric root of the noise's covariance does not depend on which axes
-            # of the flat directions were found.
-            dim, length = X.shape[1], np.linalg.norm(self.flat, axis=0)
-            waves = _FAST * rng.standard_normal((dim, dim))
-            turns = np.round(scores, _DIGITS) @ waves + rng.random(dim)
-            noise = ndtri(np.clip(turns % 1.0, _RAREST, 1 - _RAREST))
-            noise = noise @ self.flat @ (self.flat / length).T
-            X = self.inverse(scores + noise)
+            noise = rng.standard_normal(X.shape) @ self.flat
+            X = self.inverse(self.forward(X)[0] + noise)
         return X
 
     def settle(self, X: np.ndarray) -> np.ndarray:

@@ -19,9 +19,6 @@ _FIRST_STEPS, _MOST_STEPS = 3, 32
 _GROWTH = 1.2
 _WATCH_EVERY, _WATCHED_ROWS = 20, 256
 _EASY = 1 / 6
-_FAST, _DIGITS, _RAREST = 1e3, 6, 1e-6
-"""Turns of the noise per unit of a row, the digits of a row that it depends on, since
-the rest is rounding, and the share that its ends are cut at."""
 """Steps are taken back where the error is below that share of the tolerance."""
 
 
@@ -87,21 +84,11 @@ class Table:
         return Batch(x, context, self.weight.index_select(0, rows))
 
     def _noisy(self, x: Tensor, std: float) -> Tensor:
-        """Return x (B, D) with normal noise, which is drawn as a function of x.
-
-        It varies so fast that nearby rows know nothing of each other's, but rows that
-        are equal get equal noise: a row of weight two is two rows.
-        """
+        """Add noise to x (B, D), in place."""
         if std == 0:
             return x
-        dim = x.shape[1]
-        waves = torch.randn(dim, dim, generator=self.generator, dtype=x.dtype)
-        phases = torch.rand(dim, generator=self.generator, dtype=x.dtype)
-        known = torch.round(x, decimals=_DIGITS)
-        turns = torch.addmm(phases.to(x.device), known, waves.to(x.device), alpha=_FAST)
-        share = turns.frac().abs().clamp(_RAREST, 1 - _RAREST)
-        noise: Tensor = torch.special.ndtri(share)
-        return x + std * noise
+        noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        return x.add_(noise.to(x.device), alpha=std)
 
 
 @dataclass(frozen=True, slots=True)
