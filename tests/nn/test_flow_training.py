@@ -69,7 +69,9 @@ def ring(rows, seed=0):
 def table_of(copies, noise=0.0, seed=0, context=None):
     n = copies.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    return Table(copies, context, torch.arange(1.0, n + 1).double(), noise, generator)
+    return Table(
+        copies, context, torch.arange(1.0, n + 1).double(), noise, 0.0, generator
+    )
 
 
 def test_a_batch_has_the_rows_asked_for_of_one_copy():
@@ -273,7 +275,7 @@ def test_the_grid_gets_finer_where_its_error_asks_for_it():
     flow, batch = flow_of(scale=1.5), batch_of(20)
     loss = likelihood_of(flow, tolerance=0.01)
     for _ in range(40):
-        loss._watch(batch.x, None)
+        loss._watch(batch)
     fine = loss.steps
     exact = flow.log_densities(batch.x, None, EXACTLY)[:, 0]
     off = (loss.log_densities(batch.x, None) - exact).abs().mean()
@@ -281,7 +283,7 @@ def test_the_grid_gets_finer_where_its_error_asks_for_it():
     for param in flow.parameters():
         param.data.mul_(0.05)
     for _ in range(40):
-        loss._watch(batch.x, None)
+        loss._watch(batch)
     assert 1 <= loss.steps < fine
 
 
@@ -290,7 +292,7 @@ def test_the_grid_has_an_end_even_where_densities_are_not_finite():
     flow.field.weights[0].data.fill_(math.nan)
     loss = likelihood_of(flow)
     for _ in range(40):
-        loss._watch(batch.x, None)
+        loss._watch(batch)
     assert loss.steps == 32
 
 
@@ -320,7 +322,7 @@ def test_watching_does_not_change_the_probes_of_the_loss_it_compares():
     # With one probe, other draws would be off by more than any grid.
     loss = likelihood_of(flow, probes=1, tolerance=1e-3)
     for _ in range(10):
-        loss._watch(batch.x, None)
+        loss._watch(batch)
     assert loss.steps < 3
 
 
