@@ -61,6 +61,8 @@ class Conditions:
                     f"given {len(self.shift)}."
                 )
             return (table - self.shift) / self.scale
+        if values.ndim != 1:
+            raise ValueError(f"Labels y must be a vector, got shape {values.shape}.")
         unknown = np.setdiff1d(_distinct(values), self.labels)
         if len(unknown):
             raise ValueError(

@@ -119,3 +119,9 @@ def test_missing_and_mixed_labels_are_an_error(y):
         conditions_of(y)
     with pytest.raises(ValueError, match=r"one kind.*: drop or fill"):
         conditions_of(np.array(["a", "b", "b"], dtype=object)).encode(y, 3)
+
+
+def test_labels_are_a_vector():
+    known = Conditions.of(np.array(["a", "b"]), np.ones(2))
+    with pytest.raises(ValueError, match="must be a vector"):
+        known.encode(np.array([["a"], ["b"]]), 2)
