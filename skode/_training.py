@@ -161,8 +161,8 @@ def train(
                 break
     except KeyboardInterrupt:
         history.interrupted = True
-        keeper.restore()
         if not history.loss:
+            keeper.restore()
             raise  # nothing was learned that could be kept
         warnings.warn(
             f"Interrupted after {len(history.loss)} epochs: the best weights so far "
@@ -181,9 +181,12 @@ def train(
             SolverWarning,
             stacklevel=2,
         )
-    if validate is not None:
+    # Without a score, the average stands for the best weights: those of the least loss
+    # of some epoch are noisier. Without an average, a fit that came to its end has the
+    # last ones, of a learning rate near zero.
+    if validate is not None or (history.interrupted and not how.averaging):
         keeper.restore()
-    elif not history.interrupted:
+    else:
         average.settle()
     history.converged = schedule.converged
     return history

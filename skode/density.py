@@ -173,7 +173,7 @@ class CNFDensityEstimator(
     early_stopping : bool or "auto", default="auto"
         Whether to hold out `validation_fraction` of the rows, to watch the likelihood
         there instead of the loss, and to keep the weights of the best epoch. "auto"
-        does so from 1,000 rows on.
+        does so from 1,000 rows on, of which equal ones count once.
     validation_fraction : float, default=0.1
         See `early_stopping`.
     warm_start : bool, default=False
@@ -202,7 +202,8 @@ class CNFDensityEstimator(
     classes_ : ndarray of shape (n_classes,)
         Labels, if conditional on labels.
     loss_curve_ : list of float
-        Mean training loss of each epoch of the last `fit`.
+        Mean training loss of each epoch of the last `fit`, in its second stage if there
+        are two; each `partial_fit` adds one.
     loss_ : float
         The last of them.
     best_loss_ : float
@@ -387,34 +388,32 @@ class CNFDensityEstimator(
         device = resolve_device(self.device)
         with seeded(self.random_state, device) as generator:
             context = self._begin(X, y, weight, device, generator, fresh)
-            holds_out = self.early_stopping is True or (
-                self.early_stopping == "auto"
-                and np.count_nonzero(weight) >= _HOLD_OUT_FROM
-            )
             table, held = _tables(
-                self, X, context, weight, device, generator, holds_out
+                self, X, context, weight, device, generator, self.early_stopping
             )
             self._optimizer = None
+            watched = _likelihood(self, generator, fresh)
             history = History()
             try:
                 for objective in _STAGES[self.objective]:
                     history = History()
-                    watched = _likelihood(self, generator)
                     train(
                         self.module_,
                         _objective(self, objective, watched, table),
                         len(table),
                         _training(self, len(table), weight),
                         generator,
-                        None if held is None else _validation(watched, held),
+                        _validation(objective, watched, held),
                         history,
                     )
+                    if history.interrupted:
+                        break
             finally:
                 self.module_.eval()
                 self.n_steps_ = watched.steps
                 record(self, history)
         self._set_offset(X, y, weight)
-        warn_unfinished(self, history, holds_out)
+        warn_unfinished(self, history, held is not None)
         return self
 
     @fit_context(prefer_skip_nested_validation=True)
@@ -450,8 +449,7 @@ class CNFDensityEstimator(
             table, _ = _tables(self, X, context, weight, device, generator, False)
             how = _training(self, len(table), weight)
             ready_optimizer(self, how)
-            watched = _likelihood(self, generator)
-            watched.steps = max(watched.steps, getattr(self, "n_steps_", 0))
+            watched = _likelihood(self, generator, fresh)
             objective = _STAGES[self.objective][-1]
             try:
                 loss = train_once(
@@ -648,6 +646,7 @@ class CNFDensityEstimator(
         decision : ndarray of shape (n_samples,)
             ``score_samples(X) - offset_``: negative for outliers.
         """
+        check_is_fitted(self, "offset_")  # a fit that raised left none
         return self.score_samples(X, y) - self.offset_
 
     def predict(self, X, y=None):
@@ -725,7 +724,7 @@ class CNFDensityEstimator(
         X, context = self._checked(X, y)
         how = integration(self)
         return self._apply(
-            lambda x: self.module_.evaluations(*self._split(x), how),
+            lambda x: self.module_.evaluations(*self._split(x), how, _probes(self, x)),
             self.preprocessing_.forward(X)[0],
             context,
         )
@@ -737,13 +736,16 @@ class CNFDensityEstimator(
     # ------------------------------------------------------------------ rows
 
     def _rows(self, X, sample_weight, fresh):
-        X = validate_data(self, X, dtype=FLOATS, reset=fresh, ensure_min_samples=2)
+        least = 2 if fresh else 1  # of one row there is no spread to learn
+        X = validate_data(self, X, dtype=FLOATS, reset=fresh, ensure_min_samples=least)
         return X, check_weights(sample_weight, X)
 
     def _begin(self, X, y, weight, device, generator, fresh):
         """Fit what comes before the flow, and make one, or check the one there is."""
-        dtype = torch_dtype(self.dtype, X)
+        dtype, y = torch_dtype(self.dtype, X), y if self.conditional else None
         if fresh:
+            for name in ("classes_", "offset_", "_optimizer"):
+                vars(self).pop(name, None)  # the fit before
             self._conditions = None
             if self.conditional:
                 self._conditions = Conditions.of(y, weight)
@@ -778,6 +780,11 @@ class CNFDensityEstimator(
     def _context(self, y, n_rows):
         """Return what the flow is told beside rows, (n_rows, C), or None."""
         if self._conditions is None:
+            if y is not None:
+                raise ValueError(
+                    "This density is not conditional, so y means nothing to it: leave "
+                    "y out, or fit with conditional=True."
+                )
             return None
         if y is None:
             raise ValueError(
@@ -789,11 +796,6 @@ class CNFDensityEstimator(
         """Return valid rows and their context."""
         check_is_fitted(self, "module_")
         X = validate_data(self, X, dtype=FLOATS, reset=False)
-        if self._conditions is None and y is not None:
-            raise ValueError(
-                "This density is not conditional, so y means nothing to it: leave y "
-                "out, or fit with conditional=True."
-            )
         return X, self._context(y, len(X))
 
     def _apply(self, function, scores, context):
@@ -866,7 +868,7 @@ _FULL_BATCH, _LARGEST_BATCH = 128, 512
 _HOLD_OUT_FROM = 1000
 
 
-def _tables(est, X, context, weight, device, generator, holds_out):
+def _tables(est, X, context, weight, device, generator, early_stopping):
     """Return the table to train on, and the rows held out, or None; both whitened."""
     dtype = torch_dtype(est.dtype, X)
     seed, held = generator.initial_seed(), None
@@ -878,7 +880,9 @@ def _tables(est, X, context, weight, device, generator, holds_out):
         return given, to_tensor(share, device, dtype)
 
     forward = est.preprocessing_.forward
-    if holds_out:
+    # Of equal rows, none can be held out from the others: they count once, and so a
+    # weight is still a number of rows.
+    if len(index) >= _HOLD_OUT_FROM if early_stopping == "auto" else early_stopping:
         train_rows, held_rows = hold_out(est, len(index), seed)
         index, held_index = index[train_rows], index[held_rows]
         x = to_tensor(forward(X[held_index])[0], device, dtype)
@@ -939,17 +943,20 @@ def _distinct(X, context, weight):
     return counts[first], total
 
 
-def _likelihood(est, generator):
-    """Return the objective of the present parameters."""
+def _likelihood(est, generator, fresh):
+    """Return the objective of the present parameters, on a grid to begin with."""
     probes = 0 if est.module_.exact(est.trace) else est.n_probes
     penalties = Penalties(
         kinetic=est.kinetic_penalty,
         jacobian=est.jacobian_penalty,
         error=est.error_penalty,
     )
-    return Likelihood(
+    likelihood = Likelihood(
         est.module_, penalties, probes, _GRID_TOLERANCE, generator, bool(est.compile)
     )
+    if not fresh:  # the field that is there was trained on more steps, perhaps
+        likelihood.steps = max(likelihood.steps, getattr(est, "n_steps_", 0))
+    return likelihood
 
 
 def _objective(est, name, likelihood, table):
@@ -960,10 +967,14 @@ def _objective(est, name, likelihood, table):
     return lambda rows: loss(table.batch(rows))
 
 
-def _validation(likelihood, held):
-    """Return a function that scores the held-out rows on the grid."""
+def _validation(objective, likelihood, held):
+    """Return a function that scores the held-out rows on the grid, or None."""
+    if held is None:
+        return None
 
     def validate():
+        if objective == "flow_matching":  # which solves nothing else on the grid
+            likelihood.watch(held)
         score = float(held.mean(likelihood.log_densities(held.x, held.context)))
         if not np.isfinite(score):
             raise FloatingPointError("The held-out likelihood is not finite.")

@@ -724,7 +724,8 @@ def _hues(starts):
     """Return a colour for each start: its direction from the middle of all."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    centred = (starts - starts.mean(axis=0)) / starts.std(axis=0)
+    spread = starts.std(axis=0)
+    centred = (starts - starts.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     turns = np.arctan2(centred[:, -1], centred[:, 0]) / (2 * np.pi)
     wheel = LinearSegmentedColormap.from_list("wheel", _WHEEL)
     return wheel(turns % 1.0)

@@ -331,6 +331,11 @@ def test_a_plain_density_takes_no_y(moon):
         moon.score_samples(X, np.zeros(20))
     # As scikit-learn's tools pass y to everything, fit and score ignore it.
     assert moon.score(X, np.zeros(20)) == moon.score(X)
+    for call in (moon.inverse_transform, moon.transform, moon.predict):
+        with pytest.raises(ValueError, match="not conditional"):
+            call(X, np.zeros(20))
+    with pytest.raises(ValueError, match="not conditional"):
+        moon.sample(20, y=np.zeros(20))
     labels = np.repeat(["a", "b"], 10)
     assert np.array_equal(
         weights_of(density().fit(X, labels)), weights_of(density().fit(X))
@@ -397,6 +402,13 @@ def test_hutchinson_is_near_and_says_how_near():
     # One standard error for two thirds of the rows, or so: they share the probes.
     off = np.abs(ours - exact) / error
     assert 0.2 < np.median(off) < 1.5 and off.max() < 6
+
+
+def test_evaluations_are_those_of_the_trace_that_is_asked_for():
+    X = moons(100)
+    model = density(hidden_layer_sizes=(8, 8, 8), trace="hutchinson", rtol=1e-6).fit(X)
+    probed = model.evaluations(X)
+    assert not np.array_equal(model.set_params(trace="exact").evaluations(X), probed)
 
 
 def test_a_single_probe_has_no_standard_error():
@@ -518,6 +530,20 @@ def test_partial_fit_takes_chunks_of_either_dtype(optimizer):
     assert model.n_iter_ == 3
 
 
+def test_partial_fit_goes_on_with_a_single_row():
+    X = moons(100)
+    with pytest.raises(ValueError, match="minimum of 2"):
+        density().partial_fit(X[:1])
+    assert density().partial_fit(X).partial_fit(X[:1]).n_iter_ == 2
+
+
+def test_a_fit_that_goes_on_keeps_its_grid():
+    X = moons(100)
+    model = density(max_iter=1, warm_start=True).fit(X)
+    model.n_steps_ = 9
+    assert model.fit(X).n_steps_ >= 8  # one less at most, where that is enough
+
+
 def test_warm_start_goes_on():
     X = moons(100)
     model = density(warm_start=True, max_iter=60).fit(X)
@@ -602,6 +628,22 @@ def test_early_stopping_says_what_it_cannot_hold_out():
         model.fit([[0.0], [1.0]])
 
 
+def test_equal_rows_count_once_for_what_is_held_out():
+    X = moons(600)
+    twice = density(max_iter=1).fit(np.repeat(X, 2, axis=0))
+    weighted = density(max_iter=1).fit(X, sample_weight=np.full(600, 2.0))
+    assert twice.validation_scores_ is None and weighted.validation_scores_ is None
+    np.testing.assert_allclose(twice.score_samples(X), weighted.score_samples(X))
+    with pytest.warns(UserWarning, match="constant"):
+        density(max_iter=1).fit(np.ones((1000, 2)))
+
+
+def test_flow_matching_is_validated_on_a_grid_that_is_watched():
+    X = moons(300)
+    model = density(objective="flow_matching", early_stopping=True, max_iter=60).fit(X)
+    assert model.n_steps_ != 3  # with which it began
+
+
 def test_auto_stops_early_from_a_thousand_rows_on():
     assert density(max_iter=1).fit(moons(999)).validation_scores_ is None
     assert len(density(max_iter=1).fit(moons(1000)).validation_scores_) == 1
@@ -642,6 +684,38 @@ def test_an_interrupted_fit_keeps_its_best_weights(monkeypatch):
     monkeypatch.setattr(room, "Likelihood", stopped_by(KeyboardInterrupt, 0))
     with pytest.raises(KeyboardInterrupt):
         density(max_iter=50).fit(X)
+
+
+def test_an_interruption_ends_a_fit_of_two_stages(monkeypatch):
+    calls = []
+
+    class Stopped(room.FlowMatching):
+        def __call__(self, batch):
+            calls.append(batch)
+            if len(calls) > 3:
+                raise KeyboardInterrupt
+            return super().__call__(batch)
+
+    monkeypatch.setattr(room, "FlowMatching", Stopped)
+    monkeypatch.setattr(room, "Likelihood", stopped_by(AssertionError, 0))
+    with pytest.warns(SolverWarning, match="Interrupted after 3 epochs"):
+        model = density(objective="two_stage").fit(moons(100))
+    assert model.n_iter_ == 3 and np.isfinite(model.offset_)
+
+
+def test_a_fit_forgets_the_one_before(monkeypatch):
+    X = moons(100)
+    model = density(conditional=True, max_iter=1).fit(X, X[:, 0] > 0)
+    assert hasattr(model, "classes_")
+    model.set_params(conditional=False).fit(X)
+    assert not hasattr(model, "classes_")
+    broken = FloatingPointError("The loss is not finite.")
+    monkeypatch.setattr(room, "Likelihood", stopped_by(broken, 0))
+    with pytest.raises(DivergenceError):
+        model.fit(X)
+    # No threshold belongs to these weights, least of all that of other ones.
+    with pytest.raises(NotFittedError):
+        model.predict(X)
 
 
 def test_a_fit_that_diverges_says_so_and_keeps_its_best_weights(monkeypatch):

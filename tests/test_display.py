@@ -343,6 +343,10 @@ def test_paths_of_one_column_run_over_time(flows):
     assert (display.ax_.get_xlabel(), display.ax_.get_ylabel()) == ("t", "x0")
 
 
+def test_a_single_row_has_snapshots_too(flows):
+    FlowDisplay.from_estimator(flows[2], rows(2)[:1], kind="snapshots")
+
+
 @pytest.mark.parametrize("n_features", [1, 2, 4])
 def test_snapshots_are_panels_in_the_order_of_time(flows, n_features):
     display = FlowDisplay.from_estimator(

@@ -434,6 +434,21 @@ def test_an_interruption_keeps_the_best_and_is_no_error():
     assert float(module.matrix.detach()) == seen[5]
 
 
+def test_an_interruption_keeps_the_average_where_there_is_one():
+    module, seen = Point(), []
+
+    def objective(rows):
+        seen.append(float(module.matrix.detach()))
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        return (module.matrix - 9).square().sum()
+
+    with pytest.warns(SolverWarning, match="Interrupted after 6 epochs"):
+        train(module, objective, 1, how(averaging=0.9), generator())
+    kept = float(module.matrix.detach())
+    assert seen[1] < kept < seen[6] and kept not in seen
+
+
 def test_an_interruption_before_anything_was_learned_passes():
     def objective(rows):
         raise KeyboardInterrupt

@@ -39,9 +39,13 @@ class Conditions:
             labels = _distinct(values)
             return cls(labels, np.zeros(len(labels)), np.ones(len(labels)))
         table = _table(values)
-        shift = np.average(table, axis=0, weights=weight)
-        scale = np.sqrt(np.average((table - shift) ** 2, axis=0, weights=weight))
-        return cls(None, shift, np.where(scale > 0, scale, 1.0))
+        # Relative to a row that counts, the spread of a constant column is exactly 0,
+        # where rounding of its mean would pass for one.
+        origin = table[np.argmax(weight > 0)]
+        offset = np.average(table - origin, axis=0, weights=weight)
+        squares = (table - origin - offset) ** 2
+        scale = np.sqrt(np.average(squares, axis=0, weights=weight))
+        return cls(None, origin + offset, np.where(scale > 0, scale, 1.0))
 
     def encode(self, y: object, n_rows: int) -> np.ndarray:
         """Return (n_rows, C) numbers.
@@ -61,6 +65,8 @@ class Conditions:
                     f"given {len(self.shift)}."
                 )
             return (table - self.shift) / self.scale
+        if values.ndim != 1:
+            raise ValueError(f"Labels y must be a vector, got shape {values.shape}.")
         unknown = np.setdiff1d(_distinct(values), self.labels)
         if len(unknown):
             raise ValueError(

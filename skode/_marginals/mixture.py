@@ -21,6 +21,7 @@ _NARROWEST = 1e-3
 _KNOTS = np.linspace(-4.0, 4.0, 17)
 # A step of Newton's method this small, in the narrowest component's std, is the last.
 _LAST_STEP = 1e-7
+_ROWS_AT_ONCE = 4096
 # Bisection alone narrows any bracket of float64 to neighbours in about so many steps.
 _MAX_NEWTON_STEPS = 200
 
@@ -46,6 +47,14 @@ class Mixture:
         if len(self.mean) == 1:
             log_slope = np.full(len(u), -np.log(self.std[0]))
             return (u - self.mean[0]) / self.std[0], log_slope
+        # Tables (n, K) of all rows at once would take gigabytes, and leave the cache.
+        starts = range(0, max(len(u), 1), _ROWS_AT_ONCE)
+        parts = [self._scores(u[start : start + _ROWS_AT_ONCE]) for start in starts]
+        z, log_slope = zip(*parts, strict=True)
+        return np.concatenate(z), np.concatenate(log_slope)
+
+    def _scores(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return `scores` of some points, by tables of all components."""
         a = (u[:, None] - self.mean) / self.std  # (n, K)
         lower = ndtr(a) @ np.exp(self.log_weight) < 0.5
         outwards = np.where(lower[:, None], -a, a)

@@ -81,10 +81,14 @@ class Flow(nn.Module):
         return ys[..., : self.field.dim]
 
     def evaluations(
-        self, x: Tensor, context: Tensor | None, how: Integration
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        how: Integration,
+        probes: Tensor | None = None,
     ) -> Tensor:
         """Return the evaluations of the field that each density takes, (B,)."""
-        dynamics = Dynamics(self.field)
+        dynamics = Dynamics(self.field, probes=probes)
         start = dynamics.start(x, context)
         times = x.new_tensor([1.0, 0.0])
         return _solved(dynamics, start, times, how).stats.nfe

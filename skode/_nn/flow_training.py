@@ -33,10 +33,11 @@ class Batch:
     weight: Tensor
     """(B,)."""
 
-    def first(self, rows: int) -> "Batch":
-        """Return the first of them."""
-        context = None if self.context is None else self.context[:rows]
-        return Batch(self.x[:rows], context, self.weight[:rows])
+    def some(self, rows: int) -> "Batch":
+        """Return so many of them, or fewer, from all over: they may be in order."""
+        every = slice(None, None, max(1, -(-len(self.x) // rows)))
+        context = None if self.context is None else self.context[every]
+        return Batch(self.x[every], context, self.weight[every])
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the weighted mean of values (B,)."""
@@ -142,7 +143,7 @@ class Likelihood:
     def __call__(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch; look after the grid from time to time."""
         if self._batches % _WATCH_EVERY == 0:
-            self._watch(batch.first(_WATCHED_ROWS))
+            self.watch(batch)
         self._batches += 1
         x, context = batch.x, batch.context
         dynamics = self._dynamics(x, penalised=True)
@@ -168,8 +169,9 @@ class Likelihood:
             )
             return log_normal(z) + traces.mean(dim=1)
 
-    def _watch(self, batch: Batch) -> None:
-        """Make the grid finer, or coarser, as its error on these rows asks for."""
+    def watch(self, batch: Batch) -> None:
+        """Make the grid finer, or coarser, as its error on some rows asks for."""
+        batch = batch.some(_WATCHED_ROWS)
         state = self._generator.get_state()  # the same probes for both
         coarse = self.log_densities(batch.x, batch.context)
         self._generator.set_state(state)

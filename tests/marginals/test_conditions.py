@@ -119,3 +119,15 @@ def test_missing_and_mixed_labels_are_an_error(y):
         conditions_of(y)
     with pytest.raises(ValueError, match=r"one kind.*: drop or fill"):
         conditions_of(np.array(["a", "b", "b"], dtype=object)).encode(y, 3)
+
+
+def test_labels_are_a_vector():
+    known = Conditions.of(np.array(["a", "b"]), np.ones(2))
+    with pytest.raises(ValueError, match="must be a vector"):
+        known.encode(np.array([["a"], ["b"]]), 2)
+
+
+def test_a_constant_covariate_has_no_spread_by_rounding():
+    weight = np.random.default_rng(1).random(333)
+    known = conditions_of(np.full(333, 0.1), weight)
+    np.testing.assert_allclose(known.encode(np.array([0.1, 0.2]), 2), [[0], [0.1]])

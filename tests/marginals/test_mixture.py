@@ -97,3 +97,14 @@ def test_one_component_is_the_normal():
     mean, std = moments(u, share)
     assert (normal.mean[0], normal.std[0]) == (mean, std)
     assert log_likelihood == pytest.approx(share @ norm.logpdf(u, mean, std))
+
+
+@every_mixture
+def test_scores_of_many_points_are_those_of_few(F):
+    u = F.quantiles(np.linspace(-5, 5, 10_000))
+    z, log_slope = F.scores(u)
+    for some in (slice(0, 1), slice(4000, 4200), slice(9999, None)):
+        few, few_log_slope = F.scores(u[some])
+        np.testing.assert_allclose(z[some], few, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(log_slope[some], few_log_slope, rtol=1e-12)
+    assert F.scores(u[:0])[0].shape == (0,)

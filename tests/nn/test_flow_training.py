@@ -105,7 +105,17 @@ def test_means_are_weighted():
     weight = torch.tensor([1.0, 0.0, 3.0]).double()
     batch, values = batch_of(3, weight=weight), torch.tensor([2.0, 100.0, 6.0])
     assert float(batch.mean(values)) == 5.0
-    assert torch.equal(batch.first(2).weight, weight[:2]) and len(batch.first(2).x) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7])
+def test_some_of_a_batch_are_from_all_over(rows):
+    # A batch of all rows has them in order.
+    context = torch.arange(7.0)[:, None]
+    batch = Batch(torch.arange(7.0)[:, None], context, torch.arange(7.0))
+    some = batch.some(rows)
+    assert 1 <= len(some.x) <= rows and torch.equal(some.x, some.context)
+    assert torch.equal(some.x[:, 0], some.weight)
+    assert rows == 1 or float(some.x.max()) >= 4
 
 
 # --------------------------------------------------------------------- likelihood
@@ -275,7 +285,7 @@ def test_the_grid_gets_finer_where_its_error_asks_for_it():
     flow, batch = flow_of(scale=1.5), batch_of(20)
     loss = likelihood_of(flow, tolerance=0.01)
     for _ in range(40):
-        loss._watch(batch)
+        loss.watch(batch)
     fine = loss.steps
     exact = flow.log_densities(batch.x, None, EXACTLY)[:, 0]
     off = (loss.log_densities(batch.x, None) - exact).abs().mean()
@@ -283,7 +293,7 @@ def test_the_grid_gets_finer_where_its_error_asks_for_it():
     for param in flow.parameters():
         param.data.mul_(0.05)
     for _ in range(40):
-        loss._watch(batch)
+        loss.watch(batch)
     assert 1 <= loss.steps < fine
 
 
@@ -292,7 +302,7 @@ def test_the_grid_has_an_end_even_where_densities_are_not_finite():
     flow.field.weights[0].data.fill_(math.nan)
     loss = likelihood_of(flow)
     for _ in range(40):
-        loss._watch(batch)
+        loss.watch(batch)
     assert loss.steps == 32
 
 
@@ -322,7 +332,7 @@ def test_watching_does_not_change_the_probes_of_the_loss_it_compares():
     # With one probe, other draws would be off by more than any grid.
     loss = likelihood_of(flow, probes=1, tolerance=1e-3)
     for _ in range(10):
-        loss._watch(batch)
+        loss.watch(batch)
     assert loss.steps < 3
 
 

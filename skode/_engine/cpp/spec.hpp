@@ -63,7 +63,7 @@ struct MarchSpec {
   const double *knots; // (steps + 1,)
   const void *y0;      // (B, D)
   void *y1, *error;    // (B, D), (B,)
-  void *tape;          // of march_tape() numbers, or null
+  void *tape;          // (tiles, steps, 2, D, V * lanes), or null
 };
 
 struct MarchCotangents {
