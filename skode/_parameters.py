@@ -152,11 +152,11 @@ def warn_unfinished(est, history, held_out, stacklevel=4):
     if history.converged or history.interrupted:
         return
     watched = "validation score rose" if held_out else "loss fell"
-    advice = "" if held_out else ", or set early_stopping=True if more would overfit"
+    advice = "" if held_out else "set early_stopping=True if more would overfit, or "
     warnings.warn(
         f"The fit ended at max_iter={est.max_iter}, and the {watched} by more than "
         f"1000 * tol = {1000 * est.tol:g} in its last n_iter_no_change epochs: "
-        f"raise max_iter{advice}.",
+        f"{advice}raise max_iter.",
         ConvergenceWarning,
         stacklevel=stacklevel,
     )

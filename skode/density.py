@@ -1,10 +1,11 @@
 """Continuous normalizing flows for tables: `CNFDensityEstimator`."""
 
 import warnings
+from numbers import Integral
 
 import numpy as np
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skode._border import (
@@ -95,19 +96,23 @@ class CNFDensityEstimator(
         so always; None never.
     standardize : bool, default=True
         Whether to whiten the columns inside the model: mean 0, standard deviation 1,
-        uncorrelated. Raw tables then work. Without, `marginals` are ignored too.
+        uncorrelated. Raw tables then work. Without, rows reach the flow as they are and
+        `marginals` are ignored: columns should have means near 0 and standard
+        deviations near 1, as noise, tolerances and learning rate expect; far from it,
+        a fit is poor or diverges.
     dequantize : bool, default=False
         Whether to take integer columns as rounded: each value stands for the interval
         of length 1 around it. The density at integers is then nearly their probability.
     contamination : float, default=0.1
-        Share of the training rows that `predict` calls outliers.
+        Share of the training rows that `predict` calls outliers. Read in `fit`, which
+        sets `offset_`; a later change does nothing.
     solver : str, default="dopri5"
         The ODE solver of densities and samples (the optimiser is `optimizer`; `fit`
         steps on a coarse grid of its own). Adaptive: "dopri5", "tsit5", "bosh3",
         "adaptive_heun", "dopri8". Fixed step: "euler", "midpoint", "heun2", "rk4". All
         others of torchdiffeq and SciPy by their names, row by row and therefore slowly.
         May be changed after `fit`.
-    rtol : float, default=1e-3
+    rtol : float, default=1e-4
         Relative tolerance of the local error of each step, which each row meets with
         steps of its own. May be changed after `fit`.
     atol : float or None, default=None
@@ -364,7 +369,8 @@ class CNFDensityEstimator(
             What the density is conditional on, with ``conditional=True``; ignored
             without.
         sample_weight : array-like of shape (n_samples,) or None, default=None
-            How many rows each row counts for.
+            How many rows each row counts for. Divide weights of importance by their
+            mean: noise and weight decay follow the sum, as the number of rows.
 
         Returns
         -------
@@ -377,6 +383,7 @@ class CNFDensityEstimator(
             If the loss stopped being finite and lower learning rates did not help, or
             if no epoch succeeded; the best weights are kept.
         """
+        integration(self)  # how to solve is wanted at the end, and checked now
         fresh = not (self.warm_start and hasattr(self, "module_"))
         X, weight = self._rows(X, sample_weight, fresh)
         device = resolve_device(self.device)
@@ -421,7 +428,7 @@ class CNFDensityEstimator(
         y : array-like of shape (n_samples,) or (n_samples, n_covariates), default=None
             As in `fit`; all labels must be in the first call.
         sample_weight : array-like of shape (n_samples,) or None, default=None
-            How many rows each row counts for.
+            How many rows each row counts for, as in `fit`.
 
         Returns
         -------
@@ -432,7 +439,14 @@ class CNFDensityEstimator(
         ------
         DivergenceError
             If the loss was not finite; the weights stay as they were.
+
+        Notes
+        -----
+        Every call takes its steps at the whole `learning_rate_init`, while `fit` ends
+        at a rate of zero, with averaged weights. After `fit`, the first calls therefore
+        lose some of what it had gained; a tenth of the rate loses less.
         """
+        integration(self)  # how to solve is wanted at the end, and checked now
         fresh = not hasattr(self, "module_")
         X, weight = self._rows(X, sample_weight, fresh)
         device = resolve_device(self.device)
@@ -510,7 +524,7 @@ class CNFDensityEstimator(
         y : array-like of shape (n_samples,) or (n_samples, n_covariates), default=None
             As for `score_samples`; ignored if the model is not conditional.
         sample_weight : array-like of shape (n_samples,) or None, default=None
-            How many rows each row counts for.
+            How many rows each row counts for; only their proportions matter.
 
         Returns
         -------
@@ -541,12 +555,16 @@ class CNFDensityEstimator(
 
         Raises
         ------
+        ValueError
+            If `n_samples` is no integer from 1 on, or `y` is for another number.
         SolverError
             If a row needs more than `max_steps` steps, or blows up.
         """
         check_is_fitted(self, "module_")
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(
+                f"n_samples must be an integer of at least 1, got {n_samples}."
+            )
         rng = check_random_state(random_state)
         z = rng.standard_normal((n_samples, self.n_features_in_))
         if self._conditions is not None and y is not None:
@@ -603,7 +621,14 @@ class CNFDensityEstimator(
             If a row needs more than `max_steps` steps, or blows up.
         """
         check_is_fitted(self, "module_")
-        Z = np.asarray(X)
+        Z = check_array(
+            X,
+            dtype=FLOATS,
+            ensure_2d=False,  # the message below says more
+            allow_nd=True,
+            estimator=self,
+            input_name="X",
+        )
         if Z.ndim != 2 or Z.shape[1] != self.n_features_in_:
             raise ValueError(
                 f"X must have shape (n_samples, {self.n_features_in_}), as transform "
@@ -662,6 +687,22 @@ class CNFDensityEstimator(
             training rows, 1 for all others.
         """
         return np.where(self.decision_function(X, y) < 0, -1, 1)
+
+    def fit_predict(self, X, y=None, sample_weight=None):
+        """Fit the flow and tell outliers from inliers among its rows.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As for `fit`.
+
+        Returns
+        -------
+        labels : ndarray of shape (n_samples,)
+            As `predict` returns them.
+        """
+        self.fit(X, y, sample_weight)
+        return self.predict(X, y if self.conditional else None)
 
     def trajectory(self, X, t, y=None):
         """Follow rows on their way from the base to the data.

@@ -118,8 +118,8 @@ class DensityDisplay:
         X : array-like of shape (n_samples, n_features)
             Rows to draw beside the density, which also say how far the axes go.
         y : scalar or array-like of shape (n_covariates,), default=None
-            What the density is drawn given, if it is conditional: one label, or one
-            value of each covariate. `X` should be rows for which it holds.
+            The one condition that the density is drawn given, if it is conditional: a
+            label, or a value of each covariate. `X` should be rows for which it holds.
         columns : sequence of int or str, default=None
             Which columns to draw, by position or name; None: all of them, but the first
             five of more.
@@ -151,7 +151,8 @@ class DensityDisplay:
         TypeError
             If the estimator has no log-density.
         ValueError
-            If `columns` are not there, or `X` has other columns than the estimator.
+            If `columns` are not there, `X` has other columns than the estimator, or `y`
+            is not one condition where the density wants one.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         if grid_resolution < 2:
@@ -164,6 +165,7 @@ class DensityDisplay:
                 f"{type(estimator).__name__} has no log-density to draw: pass a "
                 "density estimator, such as CNFDensityEstimator or GaussianMixture."
             )
+        _check_condition(estimator, y)
         if kind not in ("auto", "density", "samples"):
             raise ValueError(
                 f"kind must be 'auto', 'density' or 'samples', got {kind!r}."
@@ -361,9 +363,9 @@ class FlowDisplay:
             step sees.
         X : array-like of shape (n_samples, n_features), default=None
             Rows to follow; None: samples of the flow.
-        y : scalar or array-like, default=None
-            What the flow is conditional on, if it is: one label, or one value of each
-            covariate.
+        y : scalar or array-like of shape (n_covariates,), default=None
+            The one condition that all rows are followed given, if the flow is
+            conditional: a label, or a value of each covariate.
         columns : sequence of int or str, default=None
             One or two columns to draw, by position or name; None: the first two.
         n_samples : int, default=300
@@ -391,7 +393,8 @@ class FlowDisplay:
         TypeError
             If the estimator is no flow.
         ValueError
-            If `columns` are not there, or more than two.
+            If `columns` are not there, or more than two, or `y` is not one condition
+            where the flow wants one.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         estimator, rows, names = _rows_seen(estimator, X)
@@ -400,6 +403,7 @@ class FlowDisplay:
                 f"{type(estimator).__name__} is no flow, whose rows could be followed: "
                 "pass a CNFDensityEstimator."
             )
+        _check_condition(estimator, y)
         chosen = _positions(columns, names, most=2)
         if len(chosen) > 2:
             raise ValueError(
@@ -613,6 +617,18 @@ def _draw(estimator, n_samples, random_state, y):
     rows = estimator.sample(n_samples, **options)
     # `GaussianMixture` tells the component of each row, too.
     return np.asarray(rows[0] if isinstance(rows, tuple) else rows)
+
+
+def _check_condition(estimator, y):
+    """Refuse none, and several, where a picture is drawn given one."""
+    conditional = getattr(estimator, "conditional", False)
+    most = 0 if hasattr(estimator, "classes_") else 1
+    if (y is None and conditional) or np.ndim(y) > most:
+        got = "none" if y is None else f"shape {np.shape(y)}"
+        raise ValueError(
+            "A picture is drawn given one condition: pass y, one label, or one value "
+            f"of each covariate, and as X the rows for which it holds; got {got}."
+        )
 
 
 def _repeated(y, n_rows):

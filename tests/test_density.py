@@ -195,8 +195,9 @@ def test_samples_are_decided_by_the_seed(moon):
     rng = np.random.RandomState(0)
     assert np.array_equal(moon.sample(9, random_state=rng), draws[0])
     assert not np.array_equal(moon.sample(9, random_state=rng), draws[0])
-    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
-        moon.sample(0)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match=f"integer of at least 1, got {wrong}"):
+            moon.sample(wrong)
 
 
 @pytest.mark.parametrize("marginals", [None, "auto", "normal"])
@@ -225,6 +226,8 @@ def test_inverse_transform_wants_points_of_the_base(moon):
     for wrong in (np.ones((3, 5)), np.ones(2)):
         with pytest.raises(ValueError, match=r"shape \(n_samples, 2\), as transform"):
             moon.inverse_transform(wrong)
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        moon.inverse_transform([[0.0, np.nan]])
 
 
 def test_fit_transform_is_fit_and_transform():
@@ -309,6 +312,24 @@ def test_conditions_go_with_every_method():
     np.testing.assert_allclose(model.fit_transform(X, y), Z)
 
 
+def test_many_integers_for_labels_are_told():
+    X, y = moons(42), np.arange(42) // 2
+    model = density(conditional=True, max_iter=1)
+    with pytest.warns(UserWarning, match=r"21 different.*y\.astype\(float\)") as caught:
+        model.fit(X, y)
+    assert caught[0].filename == __file__ and len(model.classes_) == 21
+    for quiet in (y[:40], y.astype(float), y.astype(str)):
+        model.fit(X[: len(quiet)], quiet)
+
+
+def test_as_many_samples_as_conditions():
+    X, y, _ = conditional_table("labels")
+    model = density(conditional=True, max_iter=2).fit(X, y)
+    with pytest.raises(ValueError, match=r"3 conditions .* or n_samples=3"):
+        model.sample(y=y[:3])
+    assert model.sample(3, y=y[:3]).shape == (3, X.shape[1])
+
+
 def test_a_conditional_density_asks_for_y():
     X, y, _ = conditional_table("labels")
     with pytest.raises(ValueError, match="pass y, a vector of labels, or covariates"):
@@ -372,6 +393,8 @@ def test_planted_outliers_are_found():
     model = density(contamination=0.05).fit(np.vstack([X, planted]))
     assert (model.predict(planted) == -1).all()
     assert (model.predict(X) == 1).mean() > 0.95
+    both = np.vstack([X, planted])
+    assert np.array_equal(model.fit_predict(both), model.predict(both))
 
 
 def test_the_threshold_counts_weights():
@@ -603,6 +626,12 @@ def test_a_fit_leaves_the_global_generators_alone():
     assert torch.equal(torch.rand(3), wanted)
 
 
+def test_the_advice_without_held_out_rows_begins_with_early_stopping():
+    plain = density(max_iter=15, tol=1e-7, noise=0.0, early_stopping=False)
+    with pytest.warns(ConvergenceWarning, match="epochs: set early_stopping=True"):
+        plain.fit(moons(100))
+
+
 def test_early_stopping_keeps_the_best_weights():
     X = moons(150)
     model = density(
@@ -629,9 +658,9 @@ def test_early_stopping_says_what_it_cannot_hold_out():
 
 
 def test_equal_rows_count_once_for_what_is_held_out():
-    X = moons(600)
+    X = moons(60)
     twice = density(max_iter=1).fit(np.repeat(X, 2, axis=0))
-    weighted = density(max_iter=1).fit(X, sample_weight=np.full(600, 2.0))
+    weighted = density(max_iter=1).fit(X, sample_weight=np.full(60, 2.0))
     assert twice.validation_scores_ is None and weighted.validation_scores_ is None
     np.testing.assert_allclose(twice.score_samples(X), weighted.score_samples(X))
     with pytest.warns(UserWarning, match="constant"):
@@ -644,9 +673,9 @@ def test_flow_matching_is_validated_on_a_grid_that_is_watched():
     assert model.n_steps_ != 3  # with which it began
 
 
-def test_auto_stops_early_from_a_thousand_rows_on():
-    assert density(max_iter=1).fit(moons(999)).validation_scores_ is None
-    assert len(density(max_iter=1).fit(moons(1000)).validation_scores_) == 1
+def test_auto_stops_early_from_a_hundred_rows_on():
+    assert density(max_iter=1).fit(moons(99)).validation_scores_ is None
+    assert len(density(max_iter=1).fit(moons(100)).validation_scores_) == 1
 
 
 @pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
@@ -875,9 +904,21 @@ def test_a_wrong_parameter_is_named(params):
         density(**params).fit(moons(20))
 
 
-def test_an_unknown_solver_is_told():
-    with pytest.raises((ValueError, SolverError), match="dopri6"):
-        density(solver="dopri6", max_iter=1).fit(moons(20))
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"solver": "dopri6"}, "There is no solver 'dopri6'"),
+        ({"solver": "rk4"}, "pass step_size"),
+        ({"rtol": 0}, "rtol and atol must not both be 0"),
+    ],
+    ids=str,
+)
+def test_how_to_solve_is_checked_before_the_fit(params, message):
+    model = density(**params)
+    for begin in (model.fit, model.partial_fit):
+        with pytest.raises(ValueError, match=message):
+            begin(moons(20))
+        assert not hasattr(model, "module_")
 
 
 def test_before_fit_nothing_is_known():

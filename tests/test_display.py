@@ -225,8 +225,10 @@ def test_a_conditional_density_is_drawn_given_y(labelled):
     np.testing.assert_array_equal(
         pairs.samples, flow.sample(5000, random_state=0, y="a")[:, [0]]
     )
-    with pytest.raises(ValueError, match="pass y"):
-        DensityDisplay.from_estimator(flow, X)
+    for given, got in ((None, "none"), (y, "shape"), (y[:, None], "shape")):
+        for display in (DensityDisplay, FlowDisplay):
+            with pytest.raises(ValueError, match=f"given one condition.* got {got}"):
+                display.from_estimator(flow, X, y=given)
 
 
 def test_covariates_of_a_conditional_density():

@@ -3,9 +3,12 @@
 n rows, C numbers each.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
+
+_FEW_INTEGERS = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +40,14 @@ class Conditions:
         _check_length(values, len(weight))
         if values.ndim == 1 and values.dtype.kind in "OUSbiu":
             labels = _distinct(values)
+            if values.dtype.kind in "iu" and len(labels) > _FEW_INTEGERS:
+                warnings.warn(
+                    f"The {len(labels)} different integers in y are taken as labels, "
+                    "of which none is near another: pass y.astype(float) for a "
+                    "covariate, or y.astype(str) for labels without this warning.",
+                    UserWarning,
+                    stacklevel=5,  # the caller of fit, through scikit-learn's wrapper
+                )
             return cls(labels, np.zeros(len(labels)), np.ones(len(labels)))
         table = _table(values)
         # Relative to a row that counts, the spread of a constant column is exactly 0,
@@ -70,17 +81,28 @@ class Conditions:
         unknown = np.setdiff1d(_distinct(values), self.labels)
         if len(unknown):
             raise ValueError(
-                f"y has labels {unknown.tolist()} that were not there in fit: "
-                f"{self.labels.tolist()}."
+                f"y has labels {_plain(unknown)} that were not there in fit: "
+                f"{_plain(self.labels)}."
             )
         return (values[:, None] == self.labels).astype(np.float64)
 
     def repeated(self, y: object, n_rows: int) -> np.ndarray:
-        """Return y for so many rows: itself, or, of a single one, copies."""
+        """Return y for so many rows: itself, or, of a single one, copies.
+
+        Raises
+        ------
+        ValueError
+            If there are several, and of another number.
+        """
         values = np.asarray(y)
         several = self.labels is None and len(self.shift) > 1
         if values.ndim == 0 or (values.ndim == 1 and several):
             values = values[None]
+        if len(values) not in (1, n_rows):
+            raise ValueError(
+                f"y has {len(values)} conditions for n_samples={n_rows}: pass one, or "
+                f"n_samples={len(values)}."
+            )
         return np.repeat(values, n_rows, axis=0) if len(values) == 1 else values
 
 
@@ -103,6 +125,13 @@ def _distinct(values: np.ndarray) -> np.ndarray:
             "rows."
         )
     return labels
+
+
+def _plain(labels: np.ndarray) -> list:
+    """Return labels as Python has them: 'a', not np.str_('a'), also among objects."""
+    return [
+        label.item() if isinstance(label, np.generic) else label for label in labels
+    ]
 
 
 def _table(values: np.ndarray) -> np.ndarray:

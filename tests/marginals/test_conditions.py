@@ -86,6 +86,12 @@ def test_unknown_labels_are_named():
         conditions_of(LABELS[0]).encode(["a", "z"], 2)
 
 
+def test_labels_are_told_as_python_has_them():
+    conditions = conditions_of(np.array([np.str_("a")], dtype=object))
+    with pytest.raises(ValueError, match=r"labels \['z'\] .* \['a'\]"):
+        conditions.encode(np.array([np.str_("z")], dtype=object), 1)
+
+
 def test_another_number_of_covariates_is_an_error():
     with pytest.raises(ValueError, match=r"2 covariates, .* fitted given 3"):
         conditions_of(np.ones((4, 3))).encode(np.ones((4, 2)), 4)
