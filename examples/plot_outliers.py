@@ -59,12 +59,11 @@ def split(seed):
 # -----------------
 # Missing values are filled in from similar rows. The flow scales and straightens the
 # columns itself; the mixture, which is a single normal distribution here, and the
-# neighbours need scaled ones. All have their default arguments, but for
-# ``early_stopping=True``, as always where rows are few.
+# neighbours need scaled ones. All have their default arguments.
 
 models = {
     "CNFDensityEstimator": make_pipeline(
-        KNNImputer(), CNFDensityEstimator(early_stopping=True, random_state=0)
+        KNNImputer(), CNFDensityEstimator(random_state=0)
     ),
     "IsolationForest": make_pipeline(KNNImputer(), IsolationForest(random_state=0)),
     "GaussianMixture": make_pipeline(
