@@ -97,7 +97,7 @@ class Column:
     axis: Axis
     mixture: Mixture  # F; with one component z is affine in u
     atoms: np.ndarray  # (A,) values that hold many rows, increasing
-    atom_width: float  # standard deviation of an atom's component, in units of x
+    atom_width: float  # std of an atom's component, or of two in a cell, in units of x
     cell: float  # > 0: each value stands for all in a cell of this width around it
 
     @property
@@ -122,18 +122,13 @@ class Column:
 
     def jitter(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return x, (n,), redrawn from its cell or, on an atom, from its component."""
-        if self.cell and not len(self.atoms):
-            return x + self.cell * (rng.random(len(x)) - 0.5)
+        spread = self.cell * (rng.random(len(x)) - 0.5) if self.cell else np.zeros(1)
         if not len(self.atoms):
-            return x
-        if self.cell:
-            sides = np.where(rng.random(len(x)) < 0.5, -_HALF_OFFSET, _HALF_OFFSET)
-            halves = sides + _HALF_WIDTH * rng.standard_normal(len(x))
-            anywhere = rng.random(len(x)) - 0.5
-            return x + self.cell * np.where(self._nearest_atom(x)[1], halves, anywhere)
+            return x + spread if self.cell else x
         noise = self.atom_width * rng.standard_normal(len(x))
+        noise += _HALF_OFFSET * self.cell * np.sign(spread)
         nearest, on_atom = self._nearest_atom(x)
-        return np.where(on_atom, self.atoms[nearest] + noise, x)
+        return np.where(on_atom, self.atoms[nearest] + noise, x + spread)
 
     def settle(self, x: np.ndarray) -> np.ndarray:
         """Return x, (n,), in the middle of its cell or on the atom it is next to."""

@@ -114,7 +114,8 @@ def fit_preprocessing(
     dequantize : bool, default=False
         Whether values of columns that hold integers only stand for all values within
         1/2 of them. A density at such a value then is, nearly, the probability of the
-        integer, and -log2 of it bits.
+        integer, and -log2 of it bits. Few values are atoms of the mixture, each with
+        two components that have as much density at the value as rows are on it.
 
     Returns
     -------
