@@ -398,6 +398,26 @@ def test_rows_beside_the_atoms_keep_their_share():
 # ------------------------------------------------- columns that have no density
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@every_kind
+def test_totals_and_codes_are_named_behind_maps(kind, dtype):
+    rng = np.random.default_rng(0)
+    parts = rng.lognormal(size=(N, 3))
+    codes = np.eye(3)[rng.integers(0, 3, N)]
+    X = np.column_stack([parts, 1e-3 * parts.sum(axis=1), draw("cauchy"), codes])
+    with pytest.warns(UserWarning, match="Columns 0, 1, 2, 3, 5, ... of X: each"):
+        it = fitted(X.astype(dtype), kind)
+    assert np.isfinite(nats(it, X)).all()
+    if kind is not None:  # codes that stand for cells have probabilities
+        fitted(codes, kind, dequantize=True)
+
+
+def test_rows_far_out_are_no_dependence():
+    X = np.random.default_rng(0).standard_cauchy((N, 3))
+    X[0] = 1e9
+    fitted(X)
+
+
 @every_kind
 def test_a_constant_column_is_named(kind):
     X = np.column_stack([draw("normal"), np.full(N, 7.0), draw("lognormal")])
