@@ -19,7 +19,6 @@ from skode._border import (
     positive,
     resolve_device,
     seeded,
-    to_tensor,
     torch_dtype,
     undisturbed,
 )
@@ -28,17 +27,14 @@ from skode._marginals.preprocessing import fit_preprocessing
 from skode._nn.flow import Flow
 from skode._nn.flow_field import ACTIVATIONS, FlowField
 from skode._nn.flow_training import (
-    Batch,
     FlowMatching,
     Likelihood,
     Penalties,
-    Table,
     probes_of,
 )
 from skode._parameters import (
     SHARED,
     check_same_shape,
-    hold_out,
     integration,
     ready_optimizer,
     record,
@@ -47,17 +43,13 @@ from skode._parameters import (
     widths_of,
 )
 from skode._training import History, train, train_once
+from skode._training_table import smoothing, training_table
 from skode.exceptions import SolverError, SolverWarning
 
 __all__ = ["CNFDensityEstimator"]
 
-_COPIES, _MOST_COPIES = 4, 64
-"""Redrawn copies of a training table with atoms, among which each batch chooses."""
-_MOST_REPEATED = 4096
-"""Equal rows of such a table are as many rows of each copy, up to so many in all."""
 _GRID_TOLERANCE = 0.02
 _LEAST_ALPHA = 0.005
-_NOISY_ROWS, _LEAST_NOISE, _MOST_NOISE = 55.0, 0.008, 0.5
 _OFFSET_ROWS = 10_000
 
 
@@ -115,7 +107,7 @@ class CNFDensityEstimator(
         "adaptive_heun", "dopri8". Fixed step: "euler", "midpoint", "heun2", "rk4". All
         others of torchdiffeq and SciPy by their names, row by row and therefore slowly.
         May be changed after `fit`.
-    rtol : float, default=1e-4
+    rtol : float, default=1e-3
         Relative tolerance of the local error of each step, which each row meets with
         steps of its own. May be changed after `fit`.
     atol : float or None, default=None
@@ -165,7 +157,7 @@ class CNFDensityEstimator(
         improving.
     max_iter : int, default=120
         Epochs.
-    tol : float, default=1e-4
+    tol : float, default=1e-3
         The loss has stopped improving when its best value, in nats, has fallen by less
         than `tol` in `n_iter_no_change` epochs. A fit that ends at `max_iter` gives a
         `ConvergenceWarning` if that was more than 1000 `tol`. 0 asks for `max_iter`
@@ -175,7 +167,7 @@ class CNFDensityEstimator(
     early_stopping : bool or "auto", default="auto"
         Whether to hold out `validation_fraction` of the rows, to watch the likelihood
         there instead of the loss, and to keep the weights of the best epoch. "auto"
-        does so from 1,000 rows on, of which equal ones count once.
+        does so from 100 rows on, of which equal ones count once.
     validation_fraction : float, default=0.1
         See `early_stopping`.
     warm_start : bool, default=False
@@ -266,7 +258,7 @@ class CNFDensityEstimator(
         "n_probes": [at_least(1)],
         "marginals": [choice(("auto", "normal")), None],
         "dequantize": ["boolean"],
-        "contamination": [inside(0, 0.5)],
+        "contamination": [inside(0, 0.5, closed="right")],
         "kinetic_penalty": [positive(closed="left")],
         "jacobian_penalty": [positive(closed="left")],
         "error_penalty": [positive(closed="left")],
@@ -305,7 +297,7 @@ class CNFDensityEstimator(
         batch_size="auto",
         learning_rate_init=2e-2,
         max_iter=120,
-        tol=1e-4,
+        tol=1e-3,
         n_iter_no_change=20,
         early_stopping="auto",
         validation_fraction=0.1,
@@ -390,7 +382,7 @@ class CNFDensityEstimator(
         device = resolve_device(self.device)
         with seeded(self.random_state, device) as generator:
             context = self._begin(X, y, weight, device, generator, fresh)
-            table, held = _tables(
+            table, held = training_table(
                 self, X, context, weight, device, generator, self.early_stopping
             )
             self._optimizer = None
@@ -448,7 +440,9 @@ class CNFDensityEstimator(
             context = self._begin(X, y, weight, device, generator, fresh)
             if fresh:
                 record(self, History())
-            table, _ = _tables(self, X, context, weight, device, generator, False)
+            table, _ = training_table(
+                self, X, context, weight, device, generator, False
+            )
             how = _training(self, len(table), weight)
             ready_optimizer(self, how)
             watched = _likelihood(self, generator, fresh)
@@ -867,96 +861,6 @@ _STAGES = {
     "two_stage": ("flow_matching", "likelihood"),
 }
 _FULL_BATCH, _LARGEST_BATCH = 128, 512
-_HOLD_OUT_FROM = 1000
-
-
-def _tables(est, X, context, weight, device, generator, early_stopping):
-    """Return the table to train on, and the rows held out, or None; both whitened."""
-    dtype = torch_dtype(est.dtype, X)
-    seed, held = generator.initial_seed(), None
-    index, weight = _distinct(X, context, weight)
-    n_rows, noise = weight.sum(), _noise(est, weight)
-
-    def tensors(rows, weight):
-        given = None if context is None else to_tensor(context[rows], device, dtype)
-        share = weight / weight.mean()
-        return given, to_tensor(share, device, dtype)
-
-    forward = est.preprocessing_.forward
-    # Of equal rows, none can be held out from the others: they count once, and so a
-    # weight is still a number of rows.
-    if len(index) >= _HOLD_OUT_FROM if early_stopping == "auto" else early_stopping:
-        train_rows, held_rows = hold_out(est, len(index), seed)
-        index, held_index = index[train_rows], index[held_rows]
-        x = to_tensor(forward(X[held_index])[0], device, dtype)
-        held = Batch(x, *tensors(held_index, weight[held_index]))
-    index, weight = _repeated(est, X, index, weight[index])
-    copies = _copies(est, X[index], n_rows, seed)
-    x = to_tensor(copies, device, dtype)
-    covariates = context is not None and est._conditions.labels is None
-    context_noise = noise if covariates else 0.0
-    return Table(x, *tensors(index, weight), noise, context_noise, generator), held
-
-
-def _repeated(est, X, index, weight):
-    """Return indices and weights of rows, several times where they are redrawn.
-
-    `weight` is that of the rows at `index`. A few integers are all there is of a large
-    table, and with one draw from each a batch would tell little of their intervals.
-    """
-    times = np.ceil(weight * min(1.0, _MOST_REPEATED / weight.sum())).astype(int)
-    rows = X[index]
-    moved = est.preprocessing_.jitter(rows, np.random.default_rng(0)) != rows
-    times[~moved.any(axis=1)] = 1
-    return np.repeat(index, times), np.repeat(weight / times, times)
-
-
-def _copies(est, rows, n_rows, seed):
-    """Return the whitened rows, redrawn where their values stand for intervals.
-
-    (1, n, D) if none do; else as many times as makes some copies of a table of
-    `n_rows`, of which these are the distinct ones.
-    """
-    preprocessing, rng = est.preprocessing_, np.random.default_rng(seed)
-    if np.array_equal(preprocessing.jitter(rows, rng), rows):
-        return preprocessing.forward(rows)[0][None]
-    times = _COPIES * int(min(_MOST_COPIES, max(1, np.ceil(n_rows / len(rows)))))
-    drawn = preprocessing.jitter(np.tile(rows, (times, 1)), rng)
-    return preprocessing.forward(drawn)[0].reshape(times, *rows.shape)
-
-
-def _smoothing(est, weight):
-    """Return the rate at which the error of a density estimate falls with the rows.
-
-    n^(-4 / (4 + D)), that of the best kernel density estimate in D dimensions, those of
-    covariates among them. Few rows in many columns ask for strong regularisation, many
-    in few for none.
-    """
-    field = est.module_.field
-    return weight.sum() ** (-4 / (4 + field.dim + field.context))
-
-
-def _noise(est, weight):
-    if est.noise != "auto":
-        return est.noise
-    few = (_NOISY_ROWS / weight.sum()) ** 2
-    return min(_MOST_NOISE, _LEAST_NOISE + 0.5 * _smoothing(est, weight) + few)
-
-
-def _distinct(X, context, weight):
-    """Return indices of rows that differ, and the weights of all that are the same.
-
-    Noise is drawn for each row of a table. With one row for all that are the same, in
-    one order, a weight is exactly a number of rows, also for what noise makes of it.
-    """
-    counts = np.flatnonzero(weight > 0)
-    rows = X if context is None else np.hstack([X, context])
-    _, first, same = np.unique(
-        rows[counts], axis=0, return_index=True, return_inverse=True
-    )
-    total = np.zeros(len(X))
-    total[counts[first]] = np.bincount(same, weight[counts])
-    return counts[first], total
 
 
 def _likelihood(est, generator, fresh):
@@ -1006,7 +910,7 @@ def _training(est, n_rows, weight):
         share = min(_LARGEST_BATCH, max(_FULL_BATCH, n_rows // 8))
         batch = n_rows if n_rows <= _FULL_BATCH else share
     if alpha == "auto":
-        alpha = _LEAST_ALPHA + 2 * _smoothing(est, weight)
+        alpha = _LEAST_ALPHA + 2 * smoothing(est, weight)
     return training(est, batch, alpha, est.averaging)
 
 

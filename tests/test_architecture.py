@@ -28,6 +28,7 @@ _FRONT = {
     "_marginals",
     "_parameters",
     "_training",
+    "_training_table",
     "_series",
     "exceptions",
 }
@@ -51,6 +52,7 @@ MAY_IMPORT = {
     "_series": {"exceptions"},
     "_parameters": {"_border", "_nn", "_training"},
     "_training": {"exceptions"},
+    "_training_table": {"_border", "_nn", "_parameters"},
     "_nn": {"_engine", "exceptions"},
     "_engine": {"exceptions"},
     "exceptions": set(),

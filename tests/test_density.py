@@ -629,9 +629,9 @@ def test_early_stopping_says_what_it_cannot_hold_out():
 
 
 def test_equal_rows_count_once_for_what_is_held_out():
-    X = moons(600)
+    X = moons(60)
     twice = density(max_iter=1).fit(np.repeat(X, 2, axis=0))
-    weighted = density(max_iter=1).fit(X, sample_weight=np.full(600, 2.0))
+    weighted = density(max_iter=1).fit(X, sample_weight=np.full(60, 2.0))
     assert twice.validation_scores_ is None and weighted.validation_scores_ is None
     np.testing.assert_allclose(twice.score_samples(X), weighted.score_samples(X))
     with pytest.warns(UserWarning, match="constant"):
@@ -644,9 +644,9 @@ def test_flow_matching_is_validated_on_a_grid_that_is_watched():
     assert model.n_steps_ != 3  # with which it began
 
 
-def test_auto_stops_early_from_a_thousand_rows_on():
-    assert density(max_iter=1).fit(moons(999)).validation_scores_ is None
-    assert len(density(max_iter=1).fit(moons(1000)).validation_scores_) == 1
+def test_auto_stops_early_from_a_hundred_rows_on():
+    assert density(max_iter=1).fit(moons(99)).validation_scores_ is None
+    assert len(density(max_iter=1).fit(moons(100)).validation_scores_) == 1
 
 
 @pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")

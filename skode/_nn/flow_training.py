@@ -143,7 +143,9 @@ class Likelihood:
     def __call__(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch; look after the grid from time to time."""
         if self._batches % _WATCH_EVERY == 0:
-            self.watch(batch)
+            # The field that a fit finds, of an earlier stage say, may be far from easy.
+            while self.watch(batch) and self._batches == 0:
+                pass
         self._batches += 1
         x, context = batch.x, batch.context
         dynamics = self._dynamics(x, penalised=True)
@@ -169,18 +171,26 @@ class Likelihood:
             )
             return log_normal(z) + traces.mean(dim=1)
 
-    def watch(self, batch: Batch) -> None:
-        """Make the grid finer, or coarser, as its error on some rows asks for."""
+    def watch(self, batch: Batch) -> bool:
+        """Make the grid finer, or coarser, as its error on some rows asks for.
+
+        Returns
+        -------
+        grown : bool
+            Whether it is finer now.
+        """
         batch = batch.some(_WATCHED_ROWS)
         state = self._generator.get_state()  # the same probes for both
         coarse = self.log_densities(batch.x, batch.context)
         self._generator.set_state(state)
         fine = self.log_densities(batch.x, batch.context, 2 * self.steps)
         error = float(batch.mean((coarse - fine).abs()))
-        if not error <= self._tolerance:
+        if not error <= self._tolerance and self.steps < _MOST_STEPS:
             self.steps = min(_MOST_STEPS, math.ceil(_GROWTH * self.steps))
-        elif error < _EASY * self._tolerance and self.steps > 1:
+            return True
+        if error < _EASY * self._tolerance and self.steps > 1:
             self.steps -= 1
+        return False
 
     def _dynamics(self, x: Tensor, *, penalised: bool) -> Dynamics:
         probes = tangent = None
