@@ -14,6 +14,8 @@ __all__ = ["smoothing", "training_table"]
 _COPIES, _MOST_COPIES, _MOST_NUMBERS = 4, 64, 20_000_000
 """Redrawn copies of a table with atoms, among which each batch chooses; and how many
 more where rows are equal, as far as memory allows."""
+_MOST_REPEATED = 4096
+"""Equal rows of such a table are as many rows of each copy, up to so many in all."""
 _HOLD_OUT_FROM = 100
 _NOISY_ROWS, _LEAST_NOISE, _MOST_NOISE = 55.0, 0.008, 0.5
 
@@ -23,10 +25,11 @@ def training_table(est, X, context, weight, device, generator, early_stopping):
     dtype = torch_dtype(est.dtype, X)
     seed, held = generator.initial_seed(), None
     index, weight = _distinct(X, context, weight)
+    n_rows, noise = weight.sum(), _noise(est, weight)
 
-    def tensors(rows):
+    def tensors(rows, weight):
         given = None if context is None else to_tensor(context[rows], device, dtype)
-        share = weight[rows] / weight[rows].mean()
+        share = weight / weight.mean()
         return given, to_tensor(share, device, dtype)
 
     forward = est.preprocessing_.forward
@@ -36,13 +39,13 @@ def training_table(est, X, context, weight, device, generator, early_stopping):
         train_rows, held_rows = hold_out(est, len(index), seed)
         index, held_index = index[train_rows], index[held_rows]
         x = to_tensor(forward(X[held_index])[0], device, dtype)
-        held = Batch(x, *tensors(held_index))
-    copies = _copies(est, X[index], weight.sum(), seed)
-    noise = _noise(est, weight)
+        held = Batch(x, *tensors(held_index, weight[held_index]))
+    index, weight = _repeated(est, X, index, weight[index])
+    copies = _copies(est, X[index], n_rows, seed)
     x = to_tensor(copies, device, dtype)
     covariates = context is not None and est._conditions.labels is None
     context_noise = noise if covariates else 0.0
-    return Table(x, *tensors(index), noise, context_noise, generator), held
+    return Table(x, *tensors(index, weight), noise, context_noise, generator), held
 
 
 def _distinct(X, context, weight):
@@ -59,6 +62,19 @@ def _distinct(X, context, weight):
     total = np.zeros(len(X))
     total[counts[first]] = np.bincount(same, weight[counts])
     return counts[first], total
+
+
+def _repeated(est, X, index, weight):
+    """Return indices and weights of rows, several times where they are redrawn.
+
+    `weight` is that of the rows at `index`. A few integers are all there is of a large
+    table, and with one draw from each a batch would tell little of their intervals.
+    """
+    times = np.ceil(weight * min(1.0, _MOST_REPEATED / weight.sum())).astype(int)
+    rows = X[index]
+    moved = est.preprocessing_.jitter(rows, np.random.default_rng(0)) != rows
+    times[~moved.any(axis=1)] = 1
+    return np.repeat(index, times), np.repeat(weight / times, times)
 
 
 def _copies(est, rows, n_rows, seed):

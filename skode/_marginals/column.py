@@ -28,14 +28,19 @@ _ROUNDED, _SETTLED = 0.1, 3.0
 _FEW_VALUES, _ROWS_PER_VALUE = 32, 10
 # Elsewhere an atom holds this share of the rows, and far more than its neighbours do.
 _ATOM_SHARE, _ATOM_ROWS, _NEIGHBOURS = 0.02, 8, 8
+# Few integers are atoms with fewer rows, too, where a cell is this much of the standard
+# deviation: there, nothing smooth has a density near the probabilities. Below the least
+# cell, integers are as good as reals.
+_COARSE_CELL, _LEAST_CELL = 0.5, 1e-6
 # A smooth part is fitted to this many rows and distinct values, or more.
 _SMOOTH_ROWS, _SMOOTH_VALUES = 10, 5
 _COMPONENTS = (1, 2, 3, 4, 6, 8)
 # Of the log-likelihood in rows, for each parameter: between AIC and BIC, see
 # `_fit_smooth`.
 _PENALTY = 1.5
-# Standard deviation of the component for what was not seen, in the column's.
-_BACKGROUND = 4.0
+# Standard deviation of the component for what was not seen, in the column's, and the
+# least one in cells: of a column of zeros, the next row may hold a four.
+_BACKGROUND, _BACKGROUND_CELLS = 4.0, 8.0
 # A mixture is fitted to at most so many points, so many of either tail as they are.
 _POINTS, _TAIL_POINTS = 256, 24
 _POINTS_PER_CELL = 8
@@ -49,6 +54,16 @@ _FARTHEST_CURVED = 230.0
 # scaled to its variance.
 _NOISE = ndtri((np.arange(16) + 0.5) / 16)
 _NOISE /= _NOISE.std()
+# An atom that stands for a cell has two components on either side of the value, of this
+# standard deviation in cells, and so far apart that the density at the value is the
+# atom's share. One component with that density leaks 9 % of it to the integers next to
+# it; of these two, 0.7 % of the draws leave the cell.
+_HALF_WIDTH = 0.125
+_HALF_OFFSET = _HALF_WIDTH * np.sqrt(-2 * np.log(_HALF_WIDTH * np.sqrt(2 * np.pi)))
+_CELL_SETTLED = _HALF_OFFSET + _SETTLED * _HALF_WIDTH
+_CELL_NOISE = ndtri((np.arange(8) + 0.5) / 8)
+_CELL_NOISE *= _HALF_WIDTH / _CELL_NOISE.std()
+_CELL_NOISE = np.concatenate([_CELL_NOISE - _HALF_OFFSET, _CELL_NOISE + _HALF_OFFSET])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +97,7 @@ class Column:
     axis: Axis
     mixture: Mixture  # F; with one component z is affine in u
     atoms: np.ndarray  # (A,) values that hold many rows, increasing
-    atom_width: float  # standard deviation of an atom's component, in units of x
+    atom_width: float  # std of an atom's component, or of two in a cell, in units of x
     cell: float  # > 0: each value stands for all in a cell of this width around it
 
     @property
@@ -107,35 +122,38 @@ class Column:
 
     def jitter(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return x, (n,), redrawn from its cell or, on an atom, from its component."""
-        if self.cell:
-            return x + self.cell * (rng.random(len(x)) - 0.5)
+        spread = self.cell * (rng.random(len(x)) - 0.5) if self.cell else np.zeros(1)
         if not len(self.atoms):
-            return x
+            return x + spread if self.cell else x
         noise = self.atom_width * rng.standard_normal(len(x))
+        noise += _HALF_OFFSET * self.cell * np.sign(spread)
         nearest, on_atom = self._nearest_atom(x)
-        return np.where(on_atom, self.atoms[nearest] + noise, x)
+        return np.where(on_atom, self.atoms[nearest] + noise, x + spread)
 
     def settle(self, x: np.ndarray) -> np.ndarray:
         """Return x, (n,), in the middle of its cell or on the atom it is next to."""
-        if self.cell:
-            return self.cell * np.rint(x / self.cell)
+        whole = self.cell * np.rint(x / self.cell) if self.cell else x
         if not len(self.atoms):
-            return x
-        nearest, on_atom = self._nearest_atom(x, within=_SETTLED)
-        return np.where(on_atom, self.atoms[nearest], x)
+            return whole
+        within = _CELL_SETTLED / _HALF_WIDTH if self.cell else _SETTLED
+        nearest, on_atom = self._nearest_atom(x, within)
+        return np.where(on_atom, self.atoms[nearest], whole)
 
     def jittered_moments(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of z over jitter, both (n,)."""
         if self.cell:
             values, place = np.unique(x, return_inverse=True)
             noise = self.cell * (ndtr(_NOISE) - 0.5)
+            if len(self.atoms):
+                on_atom = self._nearest_atom(values)[1][:, None]
+                noise = np.where(on_atom, self.cell * _CELL_NOISE, noise)
         elif len(self.atoms):
             values, noise = self.atoms, self.atom_width * _NOISE
             place, on_atom = self._nearest_atom(x)
         else:
             return self.forward(x)[0], np.zeros(len(x))
         z = self.forward((values[:, None] + noise).ravel())[0]
-        z = z.reshape(len(values), len(noise))
+        z = z.reshape(len(values), len(_NOISE))
         mean, variance = z.mean(axis=1)[place], z.var(axis=1)[place]
         if not self.cell:
             mean = np.where(on_atom, mean, self.forward(x)[0])
@@ -163,18 +181,17 @@ def fit_column(
     """
     values, share = _distinct(x, weight)
     n_rows = float(weight.sum())
-    if cell:
-        values, share = _spread(values, share, cell)
-    if values[-1] - values[0] <= rounding * np.abs(values).max():
+    points, part = _spread(values, share, cell)
+    if points[-1] - points[0] <= rounding * np.abs(values).max():
         # Without a spread, the value itself is the only scale there is.
         atom, width = values[[0]], NARROWEST * (abs(values[0]) or 1.0)
         return Column(Axis(values[0], width), _normal(), atom, width, 0.0)
-    mean, std = _safe_moments(values, share)
+    mean, std = _safe_moments(points, part)
     plain = Column(Axis(mean, std), _normal(), np.empty(0), 0.0, cell)
     if kind is None:
         return plain
     scaled = (values - mean) / std  # so that units do not matter
-    fitted = _fit_scaled(scaled, share, n_rows, kind, may_have_atoms=not cell)
+    fitted = _fit_scaled(scaled, share, n_rows, kind, cell / std)
     if fitted is None:
         return plain
     axis, mixture, on_atom, atom_width = fitted
@@ -196,6 +213,8 @@ def _spread(
     values: np.ndarray, share: np.ndarray, cell: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return points spread over the cells around values, and their shares."""
+    if not cell:
+        return values, share
     places = cell * ((np.arange(_POINTS_PER_CELL) + 0.5) / _POINTS_PER_CELL - 0.5)
     points = (values[:, None] + places).ravel()
     return points, np.repeat(share / _POINTS_PER_CELL, _POINTS_PER_CELL)
@@ -209,20 +228,19 @@ def _safe_moments(values: np.ndarray, share: np.ndarray) -> tuple[float, float]:
 
 
 def _fit_scaled(
-    x: np.ndarray, share: np.ndarray, n_rows: float, kind: Kind, may_have_atoms: bool
+    x: np.ndarray, share: np.ndarray, n_rows: float, kind: Kind, cell: float
 ) -> tuple[Axis, Mixture, np.ndarray, float] | None:
     """Return axis, mixture, which values are atoms and their width; None: x is normal.
 
     `x` are distinct values of mean 0 and standard deviation 1, increasing.
     """
-    on_atom = np.zeros(len(x), dtype=bool)
-    if may_have_atoms:
-        on_atom = _find_atoms(x, share, n_rows)
+    on_atom = _find_atoms(x, share, n_rows, cell)
     smooth_share = float(share[~on_atom].sum())
     smooth_rows = n_rows * smooth_share
     axis, parts = Axis(0.0, 1.0), []
-    if smooth_rows >= _SMOOTH_ROWS and (~on_atom).sum() >= _SMOOTH_VALUES:
-        points, part = _binned(x[~on_atom], share[~on_atom] / smooth_share)
+    points, part = _spread(x[~on_atom], share[~on_atom], cell)
+    if smooth_rows >= _SMOOTH_ROWS and len(points) >= _SMOOTH_VALUES:
+        points, part = _binned(points, part / smooth_share)
         fitted = _fit_smooth(points, part, smooth_rows, _worth(kind, smooth_rows))
         if kind == "auto" and not on_atom.any() and not fitted.pays:
             return None
@@ -232,24 +250,31 @@ def _fit_scaled(
             return None
         mixture = parts[0][0]
         if len(mixture.mean) > 1:
-            mixture = _mixed(axis, parts, n_rows)
+            mixture = _mixed(axis, parts, n_rows, cell)
         return axis, mixture, on_atom, 0.0
     width = max(_ATOM_WIDTH * _smallest_gap(x), NARROWEST)
-    centre, log_slope = axis.forward(x[on_atom])
-    log_weight = np.log(share[on_atom] / (1 - smooth_share))
-    atoms = Mixture(log_weight, centre, width * np.exp(log_slope))
+    places, weight = x[on_atom], share[on_atom] / (1 - smooth_share)
+    if cell:
+        width, offset = cell * _HALF_WIDTH, cell * _HALF_OFFSET
+        places = np.concatenate([places - offset, places + offset])
+        weight = np.concatenate([weight, weight]) / 2
+    centre, log_slope = axis.forward(places)
+    atoms = Mixture(np.log(weight), centre, width * np.exp(log_slope))
     parts.append((atoms, 1 - smooth_share))
-    return axis, _mixed(axis, parts, n_rows), on_atom, width
+    return axis, _mixed(axis, parts, n_rows, cell), on_atom, width
 
 
-def _mixed(axis: Axis, parts: list[tuple[Mixture, float]], n_rows: float) -> Mixture:
+def _mixed(
+    axis: Axis, parts: list[tuple[Mixture, float]], n_rows: float, cell: float
+) -> Mixture:
     """Return the mixture of mixtures with their shares, and of what they leave out.
 
     The rows of no part, and one row for what was not seen, are those of a wide
     component. It keeps F rising between the others, where its inverse would else be
     lost, and rules far out.
     """
-    ends = axis.forward(np.array([-_BACKGROUND, _BACKGROUND]))[0]
+    reach = max(_BACKGROUND, _BACKGROUND_CELLS * cell)
+    ends = axis.forward(np.array([-reach, reach]))[0]
     unseen = Mixture(np.zeros(1), ends.mean(keepdims=True), np.diff(ends) / 2)
     left = max(1 - sum(share for _, share in parts), 0.0)
     parts = [*parts, (unseen, left + 1 / n_rows)]
@@ -268,9 +293,14 @@ def _smallest_gap(x: np.ndarray) -> float:
     return float(gaps[gaps > NARROWEST**2].min(initial=x[-1] - x[0]))
 
 
-def _find_atoms(x: np.ndarray, share: np.ndarray, n_rows: float) -> np.ndarray:
+def _find_atoms(
+    x: np.ndarray, share: np.ndarray, n_rows: float, cell: float
+) -> np.ndarray:
     """Return which values are atoms, (P,) of bool."""
-    if len(x) <= _FEW_VALUES and n_rows >= _ROWS_PER_VALUE * len(x):
+    if 0 < cell < _LEAST_CELL:
+        return np.zeros(len(x), dtype=bool)
+    often = n_rows >= _ROWS_PER_VALUE * len(x) or cell >= _COARSE_CELL
+    if len(x) <= _FEW_VALUES and often:
         return np.ones(len(x), dtype=bool)
     large = np.flatnonzero(share >= max(_ATOM_SHARE, _ATOM_ROWS / n_rows))
     # A rounded column repeats its values, too, but neighbours about as often.

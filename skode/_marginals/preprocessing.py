@@ -20,6 +20,8 @@ _TINY_EIGENVALUE = 1e-12
 # Rows are flat in a direction in which they show less than this share of its variance.
 _FLAT = 0.1
 _MOST_NAMED = 5
+# Share of the rows that must be on a plane for the columns to be dependent.
+_MOST_ROWS = 0.9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +116,8 @@ def fit_preprocessing(
     dequantize : bool, default=False
         Whether values of columns that hold integers only stand for all values within
         1/2 of them. A density at such a value then is, nearly, the probability of the
-        integer, and -log2 of it bits.
+        integer, and -log2 of it bits. Few values are atoms of the mixture, each with
+        two components that have as much density at the value as rows are on it.
 
     Returns
     -------
@@ -246,13 +249,18 @@ def _whitened(
             "density: most directions are guessed from the others. Reduce the columns, "
             "for instance by PCA."
         )
-    elif (sample < NARROWEST**2).any():
-        bound = np.abs(vectors[:, sample < NARROWEST**2]).max(axis=1) > 0.1
-        _warn(
-            f"{_listed('column', np.flatnonzero(bound))} of X: each follows from the "
-            "others, so that the rows have no density. A floor on the variances stands "
-            "in for it. Leave out columns that repeat what others say."
+    else:
+        bound = _named_by(vectors[:, sample < NARROWEST**2]) | _dependent(
+            columns, X, weight
         )
+        if bound.any():
+            _warn(
+                f"{_listed('column', np.flatnonzero(bound))} of X: each follows from "
+                "the others, so that the rows have no density. A floor on the "
+                "variances, or the scores of each column, stands in for it, and "
+                "samples do not repeat the relation exactly. Leave out columns that "
+                "repeat what others say."
+            )
     flat = sample < _FLAT * spread
     missing = 1 - np.maximum(sample[flat], 0.0) / spread[flat]
     root = np.sqrt(spread)
@@ -267,6 +275,39 @@ def _whitened(
         if flat.any()
         else np.empty((n_columns, 0)),
     )
+
+
+def _named_by(vectors: np.ndarray) -> np.ndarray:
+    """Return which columns, (D,) of bool, count in any of some directions (D, m)."""
+    return np.abs(vectors).max(axis=1, initial=0.0) > 0.1
+
+
+def _dependent(
+    columns: tuple[Column, ...], X: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """Return which columns of X follow linearly from others, (D,) of bool.
+
+    Maps to normal scores bend planes, and jitter leaves them: a total, or the codes of
+    labels, show only before. Columns of integers that stand for cells have
+    probabilities whatever they depend on.
+    """
+    found = np.zeros(len(columns), dtype=bool)
+    free = np.array([not column.constant and not column.cell for column in columns])
+    if free.sum() < 2 or all(column.affine for column in columns):
+        return found
+    U = X[:, free] / np.ptp(X[:, free], axis=0)  # whose squares do not overflow
+    U -= weight @ U / weight.sum()
+    U /= np.sqrt(weight @ U**2 / weight.sum())
+    sample, vectors = np.linalg.eigh((weight[:, None] * U).T @ U / weight.sum())
+    vectors = vectors[:, sample < NARROWEST**2]
+    # A few rows far out are on a plane with the heap of all others, which then must be
+    # flat itself.
+    left = U @ vectors
+    left = np.quantile(np.abs(left - np.median(left, axis=0)), _MOST_ROWS, axis=0)
+    terms = np.abs(U - np.median(U, axis=0)) @ np.abs(vectors)
+    terms = np.quantile(terms, _MOST_ROWS, axis=0)
+    found[free] = _named_by(vectors[:, left <= NARROWEST * terms])
+    return found
 
 
 def _shrunk(sample: np.ndarray, n_rows: float) -> np.ndarray:
