@@ -11,9 +11,9 @@ from skode._parameters import hold_out
 
 __all__ = ["smoothing", "training_table"]
 
-_COPIES, _MOST_COPIES, _MOST_NUMBERS = 4, 64, 20_000_000
-"""Redrawn copies of a table with atoms, among which each batch chooses; and how many
-more where rows are equal, as far as memory allows."""
+_COPIES, _MOST_NUMBERS = 4, 20_000_000
+"""Redrawn copies of a table with atoms, among which each batch chooses, as far as memory
+allows: numbers in all."""
 _MOST_REPEATED = 4096
 """Equal rows of such a table are as many rows of each copy, up to so many in all."""
 _HOLD_OUT_FROM = 100
@@ -25,7 +25,7 @@ def training_table(est, X, context, weight, device, generator, early_stopping):
     dtype = torch_dtype(est.dtype, X)
     seed, held = generator.initial_seed(), None
     index, weight = _distinct(X, context, weight)
-    n_rows, noise = weight.sum(), _noise(est, weight)
+    noise = _noise(est, weight)
 
     def tensors(rows, weight):
         given = None if context is None else to_tensor(context[rows], device, dtype)
@@ -41,7 +41,7 @@ def training_table(est, X, context, weight, device, generator, early_stopping):
         x = to_tensor(forward(X[held_index])[0], device, dtype)
         held = Batch(x, *tensors(held_index, weight[held_index]))
     index, weight = _repeated(est, X, index, weight[index])
-    copies = _copies(est, X[index], n_rows, seed)
+    copies = _copies(est, X[index], seed)
     x = to_tensor(copies, device, dtype)
     covariates = context is not None and est._conditions.labels is None
     context_noise = noise if covariates else 0.0
@@ -77,17 +77,15 @@ def _repeated(est, X, index, weight):
     return np.repeat(index, times), np.repeat(weight / times, times)
 
 
-def _copies(est, rows, n_rows, seed):
+def _copies(est, rows, seed):
     """Return the whitened rows, redrawn where their values stand for intervals.
 
-    (1, n, D) if none do; else as many times as makes some copies of a table of
-    `n_rows`, of which these are the distinct ones.
+    (1, n, D) if none do.
     """
     preprocessing, rng = est.preprocessing_, np.random.default_rng(seed)
     if np.array_equal(preprocessing.jitter(rows, rng), rows):
         return preprocessing.forward(rows)[0][None]
-    equal = min(_MOST_COPIES, max(1, np.ceil(n_rows / len(rows))))
-    times = int(max(1, min(_COPIES * equal, _MOST_NUMBERS // rows.size)))
+    times = max(1, min(_COPIES, _MOST_NUMBERS // rows.size))
     drawn = preprocessing.jitter(np.tile(rows, (times, 1)), rng)
     return preprocessing.forward(drawn)[0].reshape(times, *rows.shape)
 
