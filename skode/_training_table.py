@@ -12,8 +12,8 @@ from skode._parameters import hold_out
 __all__ = ["smoothing", "training_table"]
 
 _COPIES, _MOST_NUMBERS = 4, 20_000_000
-"""Redrawn copies of a table with atoms, among which each batch chooses, as far as memory
-allows: numbers in all."""
+"""Redrawn copies of a table with atoms, among which each batch chooses, as long as they
+are no more numbers than that."""
 _MOST_REPEATED = 4096
 """Equal rows of such a table are as many rows of each copy, up to so many in all."""
 _HOLD_OUT_FROM = 100
