@@ -209,11 +209,7 @@ class MLPKernel:
         """Return cotangent . df/dt, (A,)."""
         assert self._memory is not None, "pull_time follows pull"
         deltas = self._memory.deltas.by_slot[slot]
-        parts = [
-            torch.mv(delta, shift)
-            for delta, shift in zip(deltas, self._shifts, strict=True)
-        ]
-        return torch.stack(parts).sum(dim=0)
+        return by_time(deltas, self._shifts)
 
     def accumulate(self, slots: int) -> None:
         """Add the parameter gradient: two products per layer for all slots."""
@@ -250,6 +246,14 @@ class MLPKernel:
             *(both[0] for _, both in sums),
             *(both[1] for _, both in sums),
         )
+
+
+def by_time(deltas: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
+    """Return cotangent . df/dt, (A,), of layers' cotangents and time shifts."""
+    parts = [
+        torch.mv(delta, shift) for delta, shift in zip(deltas, shifts, strict=True)
+    ]
+    return torch.stack(parts).sum(dim=0)
 
 
 _Layer = tuple[Tensor, Tensor, Tensor]

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from skode._engine.solution import Solution
-from skode._engine.solve import solve
 from skode._nn.divergence import CLOSED_FORM
 from skode._nn.flow_field import Dynamics, FlowField, Transport
 from skode._nn.integration import Integration
@@ -54,7 +52,7 @@ class Flow(nn.Module):
         """Return log-densities, (B, 1), or one estimate for each probe, (B, P)."""
         dynamics = Dynamics(self.field, probes=probes)
         times = x.new_tensor([1.0, 0.0])
-        end = _solved(dynamics, dynamics.start(x, context), times, how).y1
+        end = how.solve(dynamics, dynamics.start(x, context), times, dynamics.params).y1
         z, traces, _ = dynamics.split(end)
         # The trace was gathered from t = 1 to 0.
         return log_normal(z)[:, None] + traces
@@ -77,7 +75,7 @@ class Flow(nn.Module):
         """Return states at `times` (T,), (B, T, D), of those at the first of them."""
         start = y if context is None else torch.cat([y, context], dim=1)
         transport = Transport(self.field)
-        ys = _solved(transport, start, y.new_tensor(times), how).ys
+        ys = how.solve(transport, start, y.new_tensor(times), transport.params).ys
         return ys[..., : self.field.dim]
 
     def evaluations(
@@ -91,25 +89,7 @@ class Flow(nn.Module):
         dynamics = Dynamics(self.field, probes=probes)
         start = dynamics.start(x, context)
         times = x.new_tensor([1.0, 0.0])
-        return _solved(dynamics, start, times, how).stats.nfe
-
-
-def _solved(
-    dynamics: Dynamics | Transport, start: Tensor, times: Tensor, how: Integration
-) -> Solution:
-    return solve(
-        dynamics,
-        start,
-        times,
-        params=dynamics.params,
-        method=how.method,
-        rtol=how.rtol,
-        atol=how.atol,
-        step_size=how.step_size,
-        max_steps=how.max_steps,
-        gradient=how.gradient,
-        compile=how.compile,
-    ).require_success()
+        return how.solve(dynamics, start, times, dynamics.params).stats.nfe
 
 
 def log_normal(z: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from skode._nn.divergence import (
     trace_weights,
     triple_weights,
 )
-from skode._nn.fields import owned
+from skode._nn.fields import by_time, owned
 
 Tensors = tuple[Tensor, ...]
 ACTIVATIONS = ("tanh", "softplus", "silu", "relu")
@@ -346,11 +346,7 @@ class FlowKernel:
         """Return cotangent . ds'/dt, (A,)."""
         assert self._memory is not None, "pull_time follows pull"
         deltas = self._memory.slots[slot].deltas
-        parts = [
-            torch.mv(delta, shift)
-            for delta, shift in zip(deltas, self._shifts, strict=True)
-        ]
-        return torch.stack(parts).sum(dim=0)
+        return by_time(deltas, self._shifts)
 
     def accumulate(self, slots: int) -> None:
         """Add the parameter gradient: a few products for all slots."""

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skode._engine.solution import Solution
-from skode._engine.solve import solve
 from skode._nn.fields import MLPField
 from skode._nn.integration import Integration
 
@@ -65,19 +64,8 @@ class ODENet(nn.Module):
         return self._solve(x, x.new_tensor([0.0, 1.0]), how).stats.nfe
 
     def _solve(self, x: Tensor, times: Tensor, how: Integration) -> Solution:
-        return solve(
-            self.field,
-            self.encoder(x),
-            times,
-            params=tuple(self.field.parameters()),
-            method=how.method,
-            rtol=how.rtol,
-            atol=how.atol,
-            step_size=how.step_size,
-            max_steps=how.max_steps,
-            gradient=how.gradient,
-            compile=how.compile,
-        ).require_success()
+        params = tuple(self.field.parameters())
+        return how.solve(self.field, self.encoder(x), times, params)
 
 
 def build(
