@@ -18,6 +18,7 @@ __all__ = [
     "SHARED",
     "check_same_shape",
     "hold_out",
+    "holds_out",
     "integration",
     "ready_optimizer",
     "record",
@@ -25,6 +26,8 @@ __all__ = [
     "warn_unfinished",
     "widths_of",
 ]
+
+_FULL_BATCH, _LARGEST_BATCH = 128, 512
 
 SHARED = {
     "hidden_layer_sizes": ["array-like", at_least(1)],
@@ -87,8 +90,12 @@ def record(est, history):
     est.best_validation_score_ = history.best_score
 
 
-def training(est, batch_size, alpha=None, averaging=0.0):
-    """Return how to train, in batches of that size; `alpha` None: the parameter."""
+def training(est, n_rows, smallest_batch, alpha=None, averaging=0.0):
+    """Return how to train on so many rows; `alpha` None: the parameter."""
+    batch_size = est.batch_size
+    if batch_size == "auto":
+        share = min(_LARGEST_BATCH, max(smallest_batch, n_rows // 8))
+        batch_size = n_rows if n_rows <= _FULL_BATCH else share
     return Training(
         max_iter=est.max_iter,
         batch_size=batch_size,
@@ -108,6 +115,11 @@ def ready_optimizer(est, how):
         est._optimizer = make_optimizer(est.module_, how)
     # Loading moves its memory to where the weights are now, and to their dtype.
     est._optimizer.load_state_dict(est._optimizer.state_dict())
+
+
+def holds_out(early_stopping, n_rows, least):
+    """Return whether rows are held out; "auto": if there are `least` of them."""
+    return n_rows >= least if early_stopping == "auto" else early_stopping
 
 
 def hold_out(est, n_rows, seed, stratify=None):

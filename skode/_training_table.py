@@ -7,7 +7,7 @@ import numpy as np
 
 from skode._border import to_tensor, torch_dtype
 from skode._nn.flow_training import Batch, Table
-from skode._parameters import hold_out
+from skode._parameters import hold_out, holds_out
 
 __all__ = ["smoothing", "training_table"]
 
@@ -35,7 +35,7 @@ def training_table(est, X, context, weight, device, generator, early_stopping):
     forward = est.preprocessing_.forward
     # Of equal rows, none can be held out from the others: they count once, and so a
     # weight is still a number of rows.
-    if len(index) >= _HOLD_OUT_FROM if early_stopping == "auto" else early_stopping:
+    if holds_out(early_stopping, len(index), _HOLD_OUT_FROM):
         train_rows, held_rows = hold_out(est, len(index), seed)
         index, held_index = index[train_rows], index[held_rows]
         x = to_tensor(forward(X[held_index])[0], device, dtype)

@@ -51,6 +51,7 @@ __all__ = ["CNFDensityEstimator"]
 
 _GRID_TOLERANCE = 0.02
 _LEAST_ALPHA = 0.005
+_SMALLEST_BATCH = 128
 _OFFSET_ROWS = 10_000
 
 
@@ -901,7 +902,6 @@ _STAGES = {
     "flow_matching": ("flow_matching",),
     "two_stage": ("flow_matching", "likelihood"),
 }
-_FULL_BATCH, _LARGEST_BATCH = 128, 512
 
 
 def _likelihood(est, generator, fresh):
@@ -946,13 +946,10 @@ def _validation(objective, likelihood, held):
 
 def _training(est, n_rows, weight):
     """Return how to train on a table of so many rows."""
-    batch, alpha = est.batch_size, est.alpha
-    if batch == "auto":
-        share = min(_LARGEST_BATCH, max(_FULL_BATCH, n_rows // 8))
-        batch = n_rows if n_rows <= _FULL_BATCH else share
+    alpha = est.alpha
     if alpha == "auto":
         alpha = _LEAST_ALPHA + 2 * smoothing(est, weight)
-    return training(est, batch, alpha, est.averaging)
+    return training(est, n_rows, _SMALLEST_BATCH, alpha, est.averaging)
 
 
 def _probes(est, x):

@@ -48,6 +48,7 @@ from skode._parameters import (
     SHARED,
     check_same_shape,
     hold_out,
+    holds_out,
     integration,
     ready_optimizer,
     record,
@@ -60,7 +61,6 @@ from skode.exceptions import SolverError
 
 __all__ = ["ODEClassifier", "ODERegressor"]
 
-_FULL_BATCH, _LARGEST_BATCH = 128, 512
 _HOLD_OUT_FROM = 1000
 
 
@@ -1017,8 +1017,9 @@ def _fit(est, X, targets, weight, task, fresh):
             est._feature_shift, est._feature_scale = _moments(est, X, weight, "X")
         else:
             check_same_shape(est, _shape(est))
-        holds_out = _holds_out(est, np.count_nonzero(weight))
-        seed = generator.initial_seed() if holds_out else None
+        n_rows = np.count_nonzero(weight)
+        held_out = holds_out(est.early_stopping, n_rows, _HOLD_OUT_FROM)
+        seed = generator.initial_seed() if held_out else None
         data = _Data.of(est, X, targets, weight, task, device, seed)
         if fresh:
             est.module_ = _new_net(est, X.shape[1], task, generator)
@@ -1030,15 +1031,15 @@ def _fit(est, X, targets, weight, task, fresh):
                 est.module_,
                 _objective(est, data, task),
                 len(data.x),
-                _training(est, len(data.x), task),
+                training(est, len(data.x), task.smallest_batch),
                 generator,
-                _validation(est, data, task) if holds_out else None,
+                _validation(est, data, task) if held_out else None,
                 history,
             )
         finally:
             est.module_.eval()
             record(est, history)
-    warn_unfinished(est, history, holds_out, stacklevel=5)  # not a method
+    warn_unfinished(est, history, held_out, stacklevel=5)  # not a method
 
 
 def _partial_fit(est, X, targets, weight, task, fresh):
@@ -1054,7 +1055,7 @@ def _partial_fit(est, X, targets, weight, task, fresh):
             est.module_ = _new_net(est, X.shape[1], task, generator)
             record(est, History())
         est.module_.to(device, data.x.dtype)
-        how = _training(est, len(data.x), task)
+        how = training(est, len(data.x), task.smallest_batch)
         ready_optimizer(est, how)
         try:
             loss = train_once(
@@ -1163,13 +1164,6 @@ class _Data:
         )
 
 
-def _holds_out(est, n_rows):
-    """Return whether some of the rows are held out for validation."""
-    if est.early_stopping == "auto":
-        return n_rows >= _HOLD_OUT_FROM
-    return est.early_stopping
-
-
 def _split(est, targets, task, seed):
     """Return indices of training and of held-out rows."""
     stratify = targets[:, 0] if task.stratify and len(targets) else None
@@ -1213,14 +1207,6 @@ def _validation(est, data, task):
         return -float(np.average(losses.numpy(), weights=weight))
 
     return validate
-
-
-def _training(est, n_rows, task):
-    batch = est.batch_size
-    if batch == "auto":
-        share = min(_LARGEST_BATCH, max(task.smallest_batch, n_rows // 8))
-        batch = n_rows if n_rows <= _FULL_BATCH else share
-    return training(est, batch)
 
 
 def _check_rows(est, X):
