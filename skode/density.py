@@ -25,8 +25,9 @@ from skode._border import (
 )
 from skode._marginals.conditions import Conditions
 from skode._marginals.preprocessing import fit_preprocessing
+from skode._nn.fields import ACTIVATIONS
 from skode._nn.flow import Flow
-from skode._nn.flow_field import ACTIVATIONS, FlowField
+from skode._nn.flow_field import FlowField
 from skode._nn.flow_training import (
     FlowMatching,
     Likelihood,

@@ -28,33 +28,25 @@ def closed_form(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
     slopes : sequence of Tensor of shape (A, H)
         Of the hidden layers.
     """
-    dim = weights[-1].shape[0]
-    first, last = weights[0][:, :dim], weights[-1]
+    m = trace_weights(weights)
     if not slopes:
-        return torch.trace(first)
+        return m[0, 0]
     if len(slopes) == 1:
-        return slopes[0] @ pair_weights(first, last)
-    return ((slopes[0] @ triple_weights(first, weights[1], last).T) * slopes[1]).sum(1)
-
-
-def pair_weights(first: Tensor, last: Tensor) -> Tensor:
-    """Return diag(W_1 W_2), (H,), of W_1 (H, D) and W_2 (D, H)."""
-    return (first * last.T).sum(dim=1)
-
-
-def triple_weights(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
-    """Return W_2 o (W_1 W_3)^T, (H_2, H_1)."""
-    return middle * (first @ last).T
+        return slopes[0] @ m[0]
+    return ((slopes[0] @ m.T) * slopes[1]).sum(dim=1)
 
 
 def trace_weights(weights: Sequence[Tensor]) -> Tensor:
-    """Return M of the trace d_2^T M d_1: see `skode._engine.layers.Quadratures`."""
+    """Return M of the trace d_2^T M d_1: see `skode._engine.layers.Quadratures`.
+
+    (H_2, H_1), where a layer that is not there counts as one of width 1.
+    """
     first, last = weights[0][:, : weights[-1].shape[0]], weights[-1]
     if len(weights) == 1:
         return torch.trace(first)[None, None]
     if len(weights) == 2:
-        return pair_weights(first, last)[None]
-    return triple_weights(first, weights[1], last)
+        return (first * last.T).sum(dim=1)[None]  # diag(W_1 W_2)
+    return weights[1] * (first @ last).T
 
 
 def pushed(

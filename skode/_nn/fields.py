@@ -115,7 +115,7 @@ class MLPKernel:
         depth = len(params) // 3
         self._weights, self._shifts = params[:depth], params[2 * depth :]
         self._widths = tuple(weight.shape[0] for weight in self._weights)
-        self._layers: list[_Layer] = [
+        self._layers: list[Layer] = [
             (bias, shift, weight.T)
             for weight, bias, shift in zip(
                 self._weights, params[depth : 2 * depth], self._shifts, strict=True
@@ -130,12 +130,7 @@ class MLPKernel:
 
     def begin(self, times: Tensor) -> None:
         """Announce the times (n, A)."""
-        if times.dtype != self._weights[0].dtype:
-            raise TypeError(
-                f"The field must keep the dtype of y: y is {times.dtype}, the field's "
-                f"parameters are {self._weights[0].dtype}. Convert them with "
-                f"field.to({times.dtype})."
-            )
+        check_dtype(times, self._weights[0])
         self._times = times.unsqueeze(2).unbind()
 
     def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
@@ -145,10 +140,10 @@ class MLPKernel:
             self._hidden = [y.new_empty(self._rows, w) for w in self._widths[:-1]]
         time, activate = self._times[slot], self._activation.in_place
         for layer, hidden in zip(self._layers, self._hidden, strict=False):
-            _affine(layer, time, y, hidden)
+            affine(layer, time, y, hidden)
             activate(hidden)
             y = hidden
-        _affine(self._layers[-1], time, y, out)
+        affine(self._layers[-1], time, y, out)
 
     def begin_linear(self, times: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Begin; return where to write states and cotangents."""
@@ -167,7 +162,7 @@ class MLPKernel:
         self._through(values, memory.slopes[slot], self._times[slot], x)
         if values:
             x = values[-1]
-        _affine(self._layers[-1], self._times[slot], x, out)
+        affine(self._layers[-1], self._times[slot], x, out)
 
     def linearize_all(self) -> None:
         """Remember the inputs of every layer, of all slots at once."""
@@ -187,7 +182,7 @@ class MLPKernel:
         remember = self._activation.remember
         for layer, slope, value in zip(self._layers, slopes, values, strict=False):
             # The slope's memory holds the pre-activation until it is known.
-            _affine(layer, time, x, slope)
+            affine(layer, time, x, slope)
             remember(slope, value)
             x = value
 
@@ -248,6 +243,15 @@ class MLPKernel:
         )
 
 
+def check_dtype(times: Tensor, weight: Tensor) -> None:
+    """Raise `TypeError` if a solve and the field's parameters differ in dtype."""
+    if times.dtype != weight.dtype:
+        raise TypeError(
+            f"The field must keep the dtype of y: y is {times.dtype}, the field's "
+            f"parameters are {weight.dtype}. Convert them with field.to({times.dtype})."
+        )
+
+
 def by_time(deltas: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
     """Return cotangent . df/dt, (A,), of layers' cotangents and time shifts."""
     parts = [
@@ -256,11 +260,11 @@ def by_time(deltas: Sequence[Tensor], shifts: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum(dim=0)
 
 
-_Layer = tuple[Tensor, Tensor, Tensor]
+Layer = tuple[Tensor, Tensor, Tensor]
 """Bias, shift and transposed weight."""
 
 
-def _affine(layer: _Layer, time: Tensor, x: Tensor, out: Tensor) -> None:
+def affine(layer: Layer, time: Tensor, x: Tensor, out: Tensor) -> None:
     """Write b + t u + x W to `out`, for times (rows, 1)."""
     bias, shift, weight = layer
     torch.addcmul(bias, time, shift, out=out)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from skode._engine.solution import Solution
 from skode._nn.divergence import CLOSED_FORM
 from skode._nn.flow_field import Dynamics, FlowField, Transport
 from skode._nn.integration import Integration
@@ -51,9 +52,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Return log-densities, (B, 1), or one estimate for each probe, (B, P)."""
         dynamics = Dynamics(self.field, probes=probes)
-        times = x.new_tensor([1.0, 0.0])
-        end = how.solve(dynamics, dynamics.start(x, context), times, dynamics.params).y1
-        z, traces, _ = dynamics.split(end)
+        z, traces, _ = dynamics.split(_to_base(dynamics, x, context, how).y1)
         # The trace was gathered from t = 1 to 0.
         return log_normal(z)[:, None] + traces
 
@@ -87,9 +86,15 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Return the evaluations of the field that each density takes, (B,)."""
         dynamics = Dynamics(self.field, probes=probes)
-        start = dynamics.start(x, context)
-        times = x.new_tensor([1.0, 0.0])
-        return how.solve(dynamics, start, times, dynamics.params).stats.nfe
+        return _to_base(dynamics, x, context, how).stats.nfe
+
+
+def _to_base(
+    dynamics: Dynamics, x: Tensor, context: Tensor | None, how: Integration
+) -> Solution:
+    """Solve from the data at t = 1 to the base at t = 0."""
+    start, times = dynamics.start(x, context), x.new_tensor([1.0, 0.0])
+    return how.solve(dynamics, start, times, dynamics.params)
 
 
 def log_normal(z: Tensor) -> Tensor:

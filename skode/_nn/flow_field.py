@@ -25,15 +25,18 @@ from skode._nn.divergence import (
     along,
     axes,
     closed_form,
-    pair_weights,
     pushed,
     trace_weights,
-    triple_weights,
 )
-from skode._nn.fields import by_time, owned
+from skode._nn.fields import (
+    Layer,
+    affine,
+    by_time,
+    check_dtype,
+    owned,
+)
 
 Tensors = tuple[Tensor, ...]
-ACTIVATIONS = ("tanh", "softplus", "silu", "relu")
 
 
 class FlowField(nn.Module):
@@ -230,8 +233,13 @@ class FlowKernel:
         self._trained, self._energy = trained, energy
         self._dim, self._inputs = field.dim, field.dim + field.context
         self._weights = tuple(weight.detach() for weight in field.weights)
-        self._biases = tuple(bias.detach() for bias in field.biases)
         self._shifts = tuple(shift.detach() for shift in field.shifts)
+        self._layers: list[Layer] = [
+            (bias.detach(), shift, weight.T)
+            for weight, bias, shift in zip(
+                self._weights, field.biases, self._shifts, strict=True
+            )
+        ]
         self._activation = _ACTIVATIONS[field.activation]
         self._times: tuple[Tensor, ...] = ()
         self._scratch: _Memory | None = None
@@ -241,19 +249,9 @@ class FlowKernel:
 
     def begin(self, times: Tensor) -> None:
         """Announce the times (n, A)."""
-        weights = self._weights
-        if times.dtype != weights[0].dtype:
-            raise TypeError(
-                f"The field must keep the dtype of y: y is {times.dtype}, the field's "
-                f"parameters are {weights[0].dtype}. Convert them with "
-                f"field.to({times.dtype})."
-            )
+        check_dtype(times, self._weights[0])
         self._times = times.unsqueeze(2).unbind()
-        first = weights[0][:, : self._dim]
-        if len(weights) == 2:
-            self._trace = pair_weights(first, weights[1])
-        else:
-            self._trace = triple_weights(first, weights[1], weights[2])
+        self._trace = trace_weights(self._weights)
 
     def evaluate(self, slot: int, y: Tensor, out: Tensor) -> None:
         """Write ds/dt to `out` and remember nothing."""
@@ -295,21 +293,18 @@ class FlowKernel:
         """Write ds/dt to `out`, and hidden layers to what the slot holds."""
         x, remember = state[:, : self._inputs], self._activation.remember
         values, slopes, bends = held.values, held.slopes, held.bends
-        layers = zip(self._weights, self._biases, self._shifts, strict=True)
-        for i, (weight, bias, shift) in enumerate(layers):
-            if i == len(values):
-                f = out[:, : self._dim]
-                torch.addcmul(bias, time, shift, out=f)
-                f.addmm_(x, weight.T)
-                break
-            torch.addcmul(bias, time, shift, out=values[i])
-            values[i].addmm_(x, weight.T)
-            remember(values[i], slopes[i], bends[i])
-            x = values[i]
+        for layer, value, slope, bend in zip(
+            self._layers[:-1], values, slopes, bends, strict=True
+        ):
+            affine(layer, time, x, value)
+            remember(value, slope, bend)
+            x = value
+        f = out[:, : self._dim]
+        affine(self._layers[-1], time, x, f)
         out[:, self._dim : self._inputs] = 0
         trace = out[:, self._inputs]
         if len(slopes) == 1:
-            torch.mv(slopes[0], self._trace, out=trace)
+            torch.mv(slopes[0], self._trace[0], out=trace)
         else:
             torch.mm(slopes[0], self._trace.T, out=held.product)
             torch.sum(held.product * slopes[1], dim=1, out=trace)
@@ -366,7 +361,7 @@ class FlowKernel:
         slope = memory.slopes[0][:rows]
         if len(memory.slopes) == 1:
             g_trace = memory.cotangents.flatten(0, 1)[:rows, self._inputs]
-            self._trace_sum.addmv_(slope.T, g_trace)
+            self._trace_sum[0].addmv_(slope.T, g_trace)
         else:
             self._trace_sum.addmm_(memory.g_product[:rows].T, slope)
 
@@ -380,7 +375,7 @@ class FlowKernel:
         first, last = self._weights[0][:, : self._dim], self._weights[-1]
         into_first = sums[0][:, : self._dim]
         if len(sums) == 2:
-            into_first.addcmul_(self._trace_sum[:, None], last.T)
+            into_first.addcmul_(self._trace_sum.T, last.T)
             sums[-1].addcmul_(first.T, self._trace_sum)
         else:
             product = (first @ last).T

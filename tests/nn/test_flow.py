@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
+from skode._nn.fields import ACTIVATIONS
 from skode._nn.flow import Flow, log_normal
-from skode._nn.flow_field import ACTIVATIONS, FlowField
+from skode._nn.flow_field import FlowField
 from skode._nn.flow_training import probes_of
 from skode._nn.integration import Integration
 from tests.problems import normal

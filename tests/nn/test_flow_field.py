@@ -5,7 +5,8 @@ import torch
 
 from skode._engine.kernel import AutogradKernel, bind
 from skode._engine.solve import solve
-from skode._nn.flow_field import ACTIVATIONS, Dynamics, FlowField, FlowKernel
+from skode._nn.fields import ACTIVATIONS
+from skode._nn.flow_field import Dynamics, FlowField, FlowKernel
 from tests.problems import normal
 
 DIM, SLOTS = 3, 3
