@@ -23,7 +23,7 @@ from skode._border import (
     torch_dtype,
     undisturbed,
 )
-from skode._marginals.conditions import Conditions
+from skode._conditions import Conditions
 from skode._marginals.preprocessing import fit_preprocessing
 from skode._nn.fields import ACTIVATIONS
 from skode._nn.flow import Flow

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from skode._border import weighted_moments
+
 _FEW_INTEGERS = 20
 
 
@@ -49,14 +51,7 @@ class Conditions:
                     stacklevel=5,  # the caller of fit, through scikit-learn's wrapper
                 )
             return cls(labels, np.zeros(len(labels)), np.ones(len(labels)))
-        table = _table(values)
-        # Relative to a row that counts, the spread of a constant column is exactly 0,
-        # where rounding of its mean would pass for one.
-        origin = table[np.argmax(weight > 0)]
-        offset = np.average(table - origin, axis=0, weights=weight)
-        squares = (table - origin - offset) ** 2
-        scale = np.sqrt(np.average(squares, axis=0, weights=weight))
-        return cls(None, origin + offset, np.where(scale > 0, scale, 1.0))
+        return cls(None, *weighted_moments(_table(values), weight))
 
     def encode(self, y: object, n_rows: int) -> np.ndarray:
         """Return (n_rows, C) numbers.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from skode._marginals.conditions import Conditions
+from skode._conditions import Conditions
 
 LABELS = [
     np.array(["b", "a", "c", "a"]),
