@@ -419,7 +419,8 @@ def test_a_divergence_keeps_the_scores():
     assert history.scores == [1.0, 2.0] and history.best_score == 2.0
 
 
-def test_an_interruption_keeps_the_best_and_is_no_error():
+def interrupted_in_epoch_seven():
+    """Return a module, its objective, and the weights that were seen."""
     module, seen = Point(), []
 
     def objective(rows):
@@ -428,6 +429,11 @@ def test_an_interruption_keeps_the_best_and_is_no_error():
             raise KeyboardInterrupt
         return (module.matrix - 9).square().sum()
 
+    return module, objective, seen
+
+
+def test_an_interruption_keeps_the_best_and_is_no_error():
+    module, objective, seen = interrupted_in_epoch_seven()
     with pytest.warns(SolverWarning, match="Interrupted after 6 epochs"):
         history = train(module, objective, 1, how(), generator())
     assert history.interrupted and not history.converged and len(history.loss) == 6
@@ -435,14 +441,7 @@ def test_an_interruption_keeps_the_best_and_is_no_error():
 
 
 def test_an_interruption_keeps_the_average_where_there_is_one():
-    module, seen = Point(), []
-
-    def objective(rows):
-        seen.append(float(module.matrix.detach()))
-        if len(seen) == 7:
-            raise KeyboardInterrupt
-        return (module.matrix - 9).square().sum()
-
+    module, objective, seen = interrupted_in_epoch_seven()
     with pytest.warns(SolverWarning, match="Interrupted after 6 epochs"):
         train(module, objective, 1, how(averaging=0.9), generator())
     kept = float(module.matrix.detach())

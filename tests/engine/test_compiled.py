@@ -20,7 +20,15 @@ from skode._engine.solve import FIXED_STEP, solve
 from skode._engine.tableau import TABLEAUX
 from skode._nn.fields import ACTIVATIONS, MLPField
 from tests.problems import normal, scipy_reference
-from tests.twins import assert_same, both, needs_compiler, ragged, solved, weighted
+from tests.twins import (
+    assert_same,
+    assert_threads_change_nothing,
+    both,
+    needs_compiler,
+    ragged,
+    solved,
+    weighted,
+)
 
 pytestmark = needs_compiler
 
@@ -136,20 +144,7 @@ def test_a_row_does_not_depend_on_its_neighbours(method):
 def test_threads_change_no_state_and_no_gradient():
     field, y0 = make_field(8, (64, 64), scale=1.5), normal(700, 8, seed=1)
     t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            start = y0.clone().requires_grad_()
-            ys = solved(field, start, t, compile=True).ys
-            wanted = (start, *field.parameters())
-            found.append((ys, *torch.autograd.grad(weighted(ys), wanted)))
-    finally:
-        torch.set_num_threads(before)
-    one, three = found
-    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
-    for x, y in zip(one[2:], three[2:], strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-9)
+    assert_threads_change_nothing(field, y0, t)
 
 
 def test_a_solve_that_is_looked_at_often_is_the_same(monkeypatch):

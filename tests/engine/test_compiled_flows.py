@@ -13,6 +13,7 @@ from skode._nn.flow_field import Dynamics, FlowField, Transport
 from tests.problems import normal
 from tests.twins import (
     assert_same,
+    assert_threads_change_nothing,
     both,
     needs_compiler,
     params_of,
@@ -177,20 +178,7 @@ def test_a_row_does_not_depend_on_its_neighbours(method):
 def test_threads_change_no_state_and_no_gradient():
     flow = make_flow(8, (64, 64), energy=True)
     t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            start = starts(flow, 700).requires_grad_()
-            ys = solved(flow, start, t, compile=True).ys
-            wanted = (start, *params_of(flow))
-            found.append((ys, *torch.autograd.grad(weighted(ys), wanted)))
-    finally:
-        torch.set_num_threads(before)
-    one, three = found
-    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
-    for x, y in zip(one[2:], three[2:], strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-9)
+    assert_threads_change_nothing(flow, starts(flow, 700), t)
 
 
 @pytest.mark.parametrize("hidden", [(4,), (4, 5)])

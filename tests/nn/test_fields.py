@@ -7,6 +7,7 @@ from skode._engine.kernel import AutogradKernel, bind
 from skode._engine.solve import solve
 from skode._nn.fields import ACTIVATIONS, MLPField, MLPKernel
 from tests.problems import normal
+from tests.twins import assert_same_kernels, close
 
 DEPTHS = [(), (6,), (6, 5)]
 SLOTS = 3
@@ -20,10 +21,6 @@ def field_of(hidden, activation, dim=3, seed=0):
         return MLPField(dim, hidden, activation).double()
 
 
-def close(ours, wanted):
-    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
-
-
 @each_field
 @each_depth
 @pytest.mark.parametrize("at_once", [False, True], ids=["each", "all"])
@@ -32,41 +29,7 @@ def test_the_kernel_agrees_with_autograd(activation, hidden, at_once):
     field = field_of(hidden, activation)
     params = tuple(field.parameters())
     fused, plain = field.own_kernel(params), AutogradKernel(field, params)
-    # Fewer rows than before, then more: the fused kernel reuses its memory.
-    for round_, rows in enumerate([4, 4, 2, 5]):
-        times = normal(SLOTS, rows, seed=round_)
-        y = 2 * normal(SLOTS, rows, 3, seed=100 + round_)
-        v = normal(SLOTS, rows, 3, seed=200 + round_)
-        ours, wanted = torch.empty_like(y), torch.empty_like(y)
-        for kernel, out in ((fused, ours), (plain, wanted)):
-            kernel.begin(times)
-            for slot in range(SLOTS):
-                kernel.evaluate(slot, y[slot], out[slot])
-        close(ours, wanted)
-        close(ours, torch.stack([field(t, y) for t, y in zip(times, y, strict=True)]))
-        for kernel, out in ((fused, ours), (plain, wanted)):
-            states, cotangents = kernel.begin_linear(times, 3)
-            states.copy_(y)
-            cotangents.copy_(v)
-            out.zero_()
-            if at_once:
-                kernel.linearize_all()
-            for slot in range(SLOTS):
-                if not at_once:
-                    kernel.linearize(slot, out[slot])
-        close(ours, wanted)
-        for slot in range(SLOTS):
-            fused.pull(slot, ours[slot])
-            plain.pull(slot, wanted[slot])
-            close(fused.pull_time(slot), plain.pull_time(slot))
-        close(ours, wanted)
-        fused.accumulate(SLOTS)
-        plain.accumulate(SLOTS)
-    for ours, wanted, param in zip(
-        fused.gradients(), plain.gradients(), params, strict=True
-    ):
-        assert ours.shape == param.shape
-        close(ours, wanted)
+    assert_same_kernels(fused, plain, field, params, 3, at_once)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from skode._engine.solve import solve
 from skode._nn.fields import ACTIVATIONS
 from skode._nn.flow_field import Dynamics, FlowField, FlowKernel
 from tests.problems import normal
+from tests.twins import assert_same_kernels, close
 
-DIM, SLOTS = 3, 3
+DIM = 3
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 each_depth = pytest.mark.parametrize("hidden", [(6,), (6, 5)], ids=len)
 each_context = pytest.mark.parametrize("context", [0, 2])
@@ -40,10 +41,6 @@ def jacobian(field, t, y, context):
 
     c = y.new_empty(len(y), 0) if context is None else context
     return torch.vmap(torch.func.jacrev(f, argnums=1))(t, y, c).detach()
-
-
-def close(ours, wanted):
-    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------ the field
@@ -147,39 +144,7 @@ def test_the_kernel_agrees_with_autograd(activation, hidden, context, energy, at
     params, width = dynamics.params, DIM + context + 1 + energy
     fused, plain = dynamics.own_kernel(params), AutogradKernel(dynamics, params)
     assert isinstance(fused, FlowKernel)
-    # Fewer rows than before, then more: the fused kernel reuses its memory.
-    for round_, rows in enumerate([4, 4, 2, 5]):
-        times = normal(SLOTS, rows, seed=round_)
-        s = normal(SLOTS, rows, width, seed=100 + round_)
-        v = normal(SLOTS, rows, width, seed=200 + round_)
-        ours, wanted = torch.empty_like(s), torch.empty_like(s)
-        fused.begin(times)
-        for slot in range(SLOTS):
-            fused.evaluate(slot, s[slot], ours[slot])
-        values = [dynamics(t, y) for t, y in zip(times, s, strict=True)]
-        close(ours, torch.stack(values))
-        for kernel, out in ((fused, ours), (plain, wanted)):
-            states, cotangents = kernel.begin_linear(times, width)
-            states.copy_(s)
-            cotangents.copy_(v)
-            out.zero_()
-            if at_once:
-                kernel.linearize_all()
-            for slot in range(SLOTS):
-                if not at_once:
-                    kernel.linearize(slot, out[slot])
-        close(ours, wanted)
-        for slot in range(SLOTS):
-            fused.pull(slot, ours[slot])
-            plain.pull(slot, wanted[slot])
-            close(fused.pull_time(slot), plain.pull_time(slot))
-        close(ours, wanted)
-        fused.accumulate(SLOTS)
-        plain.accumulate(SLOTS)
-    pairs = zip(fused.gradients(), plain.gradients(), params, strict=True)
-    for ours, wanted, param in pairs:
-        assert ours.shape == param.shape
-        close(ours, wanted)
+    assert_same_kernels(fused, plain, dynamics, params, width, at_once)
     assert fused.gradients() == (None,) * len(params)
 
 
