@@ -74,6 +74,12 @@ FLOORS = {
         {"tableau", "solution"},
     ],
     "_marginals": [{"preprocessing"}, {"column"}, {"mixture"}],
+    "_series": [
+        {"layout", "batch"},
+        {"history", "places", "target"},
+        {"clock"},
+        {"columns"},
+    ],
     "_odeint": [
         {"discrete", "theirs"},
         {"call", "failure", "kept"},
@@ -91,6 +97,7 @@ FLOORS = {
 DOORS = {
     "_engine": {"solve", "solution", "kernel", "layers", "observer", "grid"},
     "_marginals": {"preprocessing"},
+    "_series": {"layout", "history", "batch"},
 }
 
 _ARRAYS = {"numpy", "pandas", "polars", "scipy", "sklearn"}
