@@ -111,18 +111,18 @@ def read_times(times: pd.Index, where: str) -> tuple[Clock, np.ndarray]:
         raise ValueError(_no_times(times, where))
     if kind == "number":
         return Clock("number", None), _numbers(times, where)
-    if isinstance(times, pd.PeriodIndex):
-        times = times.to_timestamp(how="start")
-    if times.dtype.kind == "O" or not hasattr(times, "as_unit"):
-        times = _parsed(times, kind, where)
-    zone = getattr(times, "tz", None)
     try:
+        if isinstance(times, pd.PeriodIndex):
+            times = times.to_timestamp(how="start")
+        elif not isinstance(times, pd.DatetimeIndex | pd.TimedeltaIndex):
+            times = _parsed(times, kind, where)
         exact = times.as_unit("ns").asi8  # of zoned stamps: in UTC
     except (pd.errors.OutOfBoundsDatetime, pd.errors.OutOfBoundsTimedelta) as error:
         raise ValueError(
             f"Times in {where} do not fit nanoseconds in 64 bits ({error}), which "
             "reach from 1677 to 2262. Give such times as numbers, years for example."
         ) from error
+    zone = getattr(times, "tz", None)
     return Clock(kind, None if zone is None else str(zone)), exact.copy()
 
 

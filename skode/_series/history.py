@@ -35,7 +35,7 @@ class History:
 
     def relative(self, exact: np.ndarray) -> np.ndarray:
         """Return other exact times in float64, counted from this history's origin."""
-        return seconds_between(exact, self.origin)
+        return seconds_between(np.asarray(exact, self.exact.dtype), self.origin)
 
     def take(self, rows: np.ndarray | slice) -> "History":
         """Return some of the rows, in their order, counted from the same origin."""

@@ -13,7 +13,7 @@ import pandas as pd
 from skode._series.clock import Clock, read_times
 from skode._series.columns import first_row, labelled, numbers, picked
 from skode._series.history import Table
-from skode._series.places import Found, Rows, as_rows, locate
+from skode._series.places import Found, Rows, as_rows, index_of, locate, without_labels
 from skode._series.target import Target, learn_target
 
 
@@ -156,8 +156,8 @@ class Layout:
                 "The channels of history cannot be told by name, since y had no names "
                 "in fit or shares them with X: pass history=(X, y)."
             )
-        if rows.kind != "frame" or len(names.difference(rows.frame.columns)):
-            missing = names.difference(rows.frame.columns)
+        missing = names.difference(rows.frame.columns)
+        if len(missing):
             raise ValueError(
                 f"history lacks the channels {labelled(missing)}: pass a frame that "
                 "has them beside X's columns, or (X, y)."
@@ -171,13 +171,13 @@ class Layout:
         self, X: object, values: np.ndarray
     ) -> pd.Series | pd.DataFrame | np.ndarray:
         """Return (n, C) in y's kind, with X's index and y's columns."""
-        return self.target.give(values, _index(X))
+        return self.target.give(values, index_of(X))
 
     def give_quantiles(
         self, X: object, values: np.ndarray, quantiles: Sequence[float]
     ) -> pd.DataFrame | np.ndarray:
         """Return (n, C, Q) in y's kind: Q columns, or entries, for each of y's."""
-        return self.target.give_many(values, _index(X), "quantile", list(quantiles))
+        return self.target.give_many(values, index_of(X), "quantile", list(quantiles))
 
     def give_paths(self, X: object, values: np.ndarray) -> pd.DataFrame | np.ndarray:
         """Return (S, n, C) in y's kind.
@@ -189,24 +189,25 @@ class Layout:
         if self.target.kind == "matrix":
             return values
         last = np.moveaxis(values, 0, -1)
-        return self.target.give_many(last, _index(X), "path", range(len(values)))
+        return self.target.give_many(last, index_of(X), "path", range(len(values)))
 
     def give_one(
         self, X: object, values: np.ndarray, name: str
     ) -> pd.Series | np.ndarray:
         """Return one number for each row, (n,); a Series of that name with pandas."""
-        return self.target.give_one(values, _index(X), name)
+        return self.target.give_one(values, index_of(X), name)
 
     def _rows(self, X: object) -> Rows:
         """Return X as a frame with the columns that fit saw, as far as it has them."""
         rows = as_rows(X, self.owner)
         if rows.kind == "frame" and self.from_array:
-            warnings.warn(
-                f"X has feature names, but {self.owner} was fitted without feature "
-                "names",
-                UserWarning,
-                stacklevel=4,
-            )
+            if any(isinstance(name, str) for name in rows.frame.columns):
+                warnings.warn(
+                    f"X has feature names, but {self.owner} was fitted without "
+                    "feature names",
+                    UserWarning,
+                    stacklevel=4,
+                )
             rows = as_rows(rows.frame.to_numpy(), self.owner)
         if rows.kind != "array":
             return rows
@@ -323,6 +324,8 @@ def learn(
         If X or y does not say what it must; the message says how it can.
     """
     rows = as_rows(X, owner)
+    if time is None:
+        rows = without_labels(rows, owner)
     found = locate(rows, time, series)
     clock, times = read_times(found.times, found.where)
     if y is None:
@@ -394,16 +397,6 @@ def _series_of(found: Found, n_rows: int) -> tuple[list[Hashable], np.ndarray]:
             "series it is of. Drop such rows, or name their series."
         )
     return keys.tolist(), codes.astype(np.intp)
-
-
-def _index(X: object) -> pd.Index | None:
-    """Return X's index; None: X is an array, whose rows are counted."""
-    if isinstance(X, pd.DataFrame | pd.Series):
-        return X.index
-    if isinstance(X, list | np.ndarray | pd.Index | pd.api.extensions.ExtensionArray):
-        rows = as_rows(X, "")
-        return rows.index
-    return None
 
 
 def _listed(title: str, names: list[Hashable]) -> str:

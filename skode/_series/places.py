@@ -97,8 +97,43 @@ def as_rows(X: object, owner: str) -> Rows:
     return rows
 
 
+def without_labels(rows: Rows, owner: str) -> Rows:
+    """Return a frame that names nothing, neither rows nor columns, as an array.
+
+    Raises
+    ------
+    ValueError
+        If integers in its index may be times, or what a split has left of counts.
+    """
+    columns, index = rows.frame.columns, rows.frame.index
+    if (
+        rows.kind != "frame"
+        or not len(columns)
+        or not isinstance(columns, pd.RangeIndex)
+        or index.nlevels > 1
+        or index.name is not None
+        or index.dtype.kind not in "iu"
+    ):
+        return rows
+    if isinstance(index, pd.RangeIndex):
+        return as_rows(rows.frame.to_numpy(), owner)
+    raise ValueError(
+        "X names neither its columns nor its index, whose integers may be times or "
+        "mere counts of rows. Name the index, X.rename_axis('time'), or pass "
+        "X.to_numpy(), whose first column is times."
+    )
+
+
+def index_of(X: object) -> pd.Index | None:
+    """Return the index of X; None: it is an array."""
+    X = _index_of_stamps(X)
+    if isinstance(X, pd.DataFrame | pd.Series):
+        return X.index
+    return X if isinstance(X, pd.Index) else None
+
+
 def _index_of_stamps(X: object) -> object:
-    """Return an index of a vector of stamps or differences; anything else as it is."""
+    """Return an index of a vector of stamps or differences; all else as it is."""
     if isinstance(X, np.ndarray) and X.ndim == 1 and X.dtype.kind in "mM":
         return pd.Index(X)
     if isinstance(X, pd.api.extensions.ExtensionArray) and X.dtype.kind in "mM":
@@ -135,11 +170,13 @@ def locate(
     """
     if rows.kind == "array":
         return _locate_in_array(rows.frame, time, series)
+    if time is None:
+        time = _if_there(rows, time_name)
+    if series is None:
+        series = _if_there(rows, series_name)
+    if time is not None and time == series:
+        raise ValueError(f"{time!r} cannot be both the time and the series.")
     names = rows.frame.index.names
-    if time is None and time_name in names:
-        time = time_name
-    if series is None and series_name in names:
-        series = series_name
     free = list(range(rows.frame.index.nlevels))
     series_level = _level_named(rows, series, "series")
     if series_level is not None:
@@ -185,6 +222,12 @@ def _found(
     else:
         ids = None
     return Found(times, ids, time, series, where, frame.drop(columns=columns))
+
+
+def _if_there(rows: Rows, name: Hashable) -> Hashable:
+    """Return a name that fit found, if it is of one level or one column now."""
+    among_levels = name in rows.frame.index.names
+    return name if among_levels != (name in rows.frame.columns) else None
 
 
 def _level_named(rows: Rows, name: Hashable, argument: str) -> int | None:
