@@ -147,7 +147,7 @@ def _no_times(times: pd.Index, where: str) -> str:
 
 
 def _numbers(times: pd.Index, where: str) -> np.ndarray:
-    floats = times.to_numpy(dtype=np.float64)
+    floats = times.to_numpy(dtype=np.float64, copy=True)
     # A quarter of the largest float, so that differences of times are finite too.
     infinite = ~(np.abs(floats) <= np.finfo(np.float64).max / 4)
     if infinite.any():

@@ -11,7 +11,8 @@ from skode._series.clock import kind_of
 from skode._series.columns import labelled
 
 _HOW_TO_GIVE_TIMES = (
-    "Give times in the index, X.set_index(...), or name their column, time=...{hint}. "
+    "Give times in the index, X.set_index(...), or name their column, time=...{hint}; "
+    "name the index if its counts are times. "
     "A transformer before this one in a pipeline drops the index, and with it the "
     'times: set_output(transform="pandas") keeps both.'
 )
