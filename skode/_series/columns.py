@@ -73,7 +73,8 @@ def _holds_numbers(column: pd.Series) -> bool:
 def _no_numbers(column: pd.Series, name: object, what: str) -> str:
     text = f"Column {name!r} of {what} must hold numbers, got {column.dtype}"
     if column.dtype.kind in "mM":
-        remedy = f"time={name!r} if these are the times of rows, or numbers of them"
+        place = "pd.Index(X)" if name is None else f"time={name!r}"
+        remedy = f"{place} if these are the times of rows, or numbers of them"
     elif what == "y":
         remedy = "forecasts are of numbers"
     else:

@@ -181,12 +181,12 @@ def _grouped(
 def _merged(rows: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Return the mean of each group's rows, of what is there; (n, K) -> (groups, K)."""
     rows = rows[order]
-    if len(starts) == len(rows):
-        return rows
-    group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(rows)))
-    merged = np.full((len(starts), rows.shape[1]), np.nan)
+    merged = rows[starts]
+    sizes = np.diff(starts, append=len(rows))
+    group = np.repeat(np.arange(len(starts)), sizes)
+    of_several = np.repeat(sizes > 1, sizes)
     for column in range(rows.shape[1]):
-        there = np.flatnonzero(~np.isnan(rows[:, column]))
+        there = np.flatnonzero(of_several & ~np.isnan(rows[:, column]))
         # Sums are taken by size, so that no order of rows shows in the last bit.
         there = there[np.lexsort((rows[there, column], group[there]))]
         groups, first = np.unique(group[there], return_index=True)

@@ -1,5 +1,6 @@
 """Where in X the times stand, and which series each row is of."""
 
+import datetime
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def as_rows(X: object, owner: str) -> Rows:
         )
     else:
         array = check_array(
-            X,
+            _without_stamps(X),
             dtype=np.float64,
             ensure_all_finite=False,
             input_name="X",
@@ -135,14 +136,31 @@ def index_of(X: object) -> pd.Index | None:
 
 def _index_of_stamps(X: object) -> object:
     """Return an index of a vector of stamps or differences; all else as it is."""
-    if isinstance(X, np.ndarray) and X.ndim == 1 and X.dtype.kind in "mM":
-        return pd.Index(X)
+    if isinstance(X, np.ndarray) and X.dtype.kind in "mM" and X.size == len(X):
+        return pd.Index(X.ravel())
     if isinstance(X, pd.api.extensions.ExtensionArray) and X.dtype.kind in "mM":
         return pd.Index(X)
     if isinstance(X, list | tuple) and len(X):
         kind = pd.api.types.infer_dtype(X, skipna=True)
         if kind.startswith(("datetime", "timedelta", "date", "period")):
             return pd.Index(X)
+    return X
+
+
+def _without_stamps(X: object) -> object:
+    """Return an array-like, or raise since it holds what floats do not."""
+    if isinstance(X, datetime.date | datetime.timedelta | pd.Period | np.datetime64):
+        raise TypeError(f"X is one time, {X!r}: pass an index of it, pd.Index([X]).")
+    if isinstance(X, np.ndarray) and X.dtype.kind in "biufc":
+        return X
+    if isinstance(X, str | list | tuple | np.ndarray):
+        entries = np.asarray(X, dtype=object).ravel()
+        kind = pd.api.types.infer_dtype(entries, skipna=True)
+        if kind.startswith(("string", "date", "timedelta", "period")):
+            raise TypeError(
+                f"An array X must hold numbers, got {entries[0]!r}. Give times that "
+                "are none in an index or a DataFrame; pd.to_datetime reads strings."
+            )
     return X
 
 
@@ -268,7 +286,7 @@ def _time_level(rows: Rows, free: list[int]) -> int:
                 + _HOW_TO_GIVE_TIMES.format(hint=_hint(rows))
             )
         return free[0]
-    kinds = {level: kind_of(index.get_level_values(level)) for level in free}
+    kinds = {level: _kind_of_level(index, level) for level in free}
     for wanted in ({"stamp", "delta"}, {"stamp", "delta", "number"}):
         fitting = [level for level in free if kinds[level] in wanted]
         if len(fitting) == 1:
@@ -276,11 +294,19 @@ def _time_level(rows: Rows, free: list[int]) -> int:
     return free[-1]
 
 
+def _kind_of_level(index: pd.Index, level: int) -> str | None:
+    values = index.get_level_values(level)
+    # Categories name series, whatever they are made of.
+    categories = isinstance(values.dtype, pd.CategoricalDtype)
+    return None if categories else kind_of(values)
+
+
 def _hint(rows: Rows) -> str:
     dated = [
         name
         for name, dtype in rows.frame.dtypes.items()
-        if dtype.kind in "mM" or isinstance(dtype, pd.PeriodDtype)
+        if name is not None
+        and (dtype.kind in "mM" or isinstance(dtype, pd.PeriodDtype))
     ]
     return f" (time={dated[0]!r}?)" if dated else ""
 

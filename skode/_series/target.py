@@ -158,6 +158,9 @@ def _array(y: object) -> np.ndarray:
     if isinstance(y, np.ndarray) and y.dtype.kind == "O":
         y = y.copy()
         y[pd.isna(y)] = np.nan  # None and NA, which floats do not know
+    dtype = getattr(y, "dtype", None)
+    if getattr(dtype, "kind", None) in ("m", "M"):
+        raise ValueError(f"y must hold numbers, got {dtype}.")
     return check_array(
         y,
         dtype=np.float64,

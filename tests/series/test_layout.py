@@ -128,6 +128,7 @@ def test_an_array_has_its_times_first():
         STAMPS,
         WIDE,
         STAMPS.to_numpy(),
+        STAMPS.to_numpy()[:, None],
         STAMPS.array,
         list(STAMPS),
         STAMPS.to_pydatetime().tolist(),
@@ -142,7 +143,7 @@ def test_an_index_alone_is_times(X):
     table = layout.read(X)
     assert (np.diff(table.times) / DAY).tolist() == [2, -1]
     assert table.values is None and table.covariates.shape == (3, 0)
-    index = X.index if isinstance(X, pd.DataFrame) else pd.Index(X)
+    index = X.index if isinstance(X, pd.DataFrame) else pd.Index(np.ravel(X))
     assert layout.give(X, np.zeros((3, 2))).index.equals(index)
 
 
@@ -394,6 +395,9 @@ def test_no_rows_are_refused(X):
             "0 sample",
         ),
         (np.array([[{}, 1.0]], dtype=object), TypeError, "argument must be .* number"),
+        (np.array([["2024"], ["2025"]]), TypeError, "got .*2024.*pd.to_datetime"),
+        (np.array([["2024"], ["2025"]], dtype=object), TypeError, "pd.to_datetime"),
+        (np.array([STAMPS, STAMPS]), TypeError, "must hold numbers"),
         (polars.DataFrame({"t": [1.0, 2.0]}), TypeError, r"polars.*X\.to_pandas\(\)"),
         (
             np.array([[0.0], [NAN]]),
@@ -407,6 +411,53 @@ def test_no_rows_are_refused(X):
 def test_what_is_no_table_is_refused(X, error, message):
     with pytest.raises(error, match=message):
         learn(X, np.ones(X.shape[0]))
+
+
+@pytest.mark.parametrize("X", ["2024", ["2024-01-01"], [[STAMPS[0], 1]], STAMPS[0]])
+def test_times_that_are_no_index_are_refused(X):
+    layout, _ = learn(WIDE)
+    with pytest.raises(TypeError, match=r"index|not 'Timestamp'"):
+        layout.read(X)
+
+
+def test_a_series_of_stamps_is_no_channel():
+    with pytest.raises(ValueError, match=r"pd\.Index\(X\)"):
+        learn(STAMPS.to_series())
+    with pytest.raises(ValueError, match="only counts rows"):
+        learn(pd.Series(STAMPS))
+    layout, _ = learn(WIDE.rename_axis("when").reset_index(), time="when")
+    assert len(layout.read(pd.Series(STAMPS, name="when"))) == 3
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        STAMPS,
+        STAMPS.tz_localize("Europe/Berlin"),
+        STAMPS - STAMPS[0],
+        STAMPS.to_period("D"),
+        pd.Index(STAMPS.date),
+        pd.Index(STAMPS.to_pydatetime(), dtype=object),
+        pd.CategoricalIndex(STAMPS),
+        pd.Index([0, 172_800, 86_400]),
+    ],
+    ids=lambda times: str(times.dtype),
+)
+def test_a_column_of_times_reads_as_an_index_of_them(times):
+    frame = WIDE.set_axis(times.rename("when"))
+    _, by_index = learn(frame)
+    _, by_column = learn(frame.reset_index(), time="when")
+    np.testing.assert_array_equal(by_index.times, by_column.times)
+    history = by_column.histories()[None]
+    assert history.times.tolist() == [0.0, 86_400.0, 172_800.0]
+    np.testing.assert_array_equal(history.values, WIDE.iloc[[0, 2, 1]])
+
+
+def test_categories_name_series_whatever_they_are_made_of():
+    ids = pd.Categorical([1, 2, 1])
+    for levels in ([[0.0, 1.0, 2.0], ids], [ids, [0.0, 1.0, 2.0]]):
+        _, table = learn(WIDE.set_axis(pd.MultiIndex.from_arrays(levels)))
+        assert table.keys == [1, 2] and table.times.tolist() == [0, 1, 2]
 
 
 def test_columns_of_one_name_are_refused():
@@ -525,6 +576,8 @@ def test_a_channel_may_never_be_observed_but_not_all():
         (WIDE[[]], "y has no columns"),
         (WIDE.reset_index(drop=True), r"index is not X's.*reindex.*to_numpy"),
         (WIDE["a"].sort_index(), "index is not X's"),
+        (STAMPS.to_numpy(), "y must hold numbers, got datetime64"),
+        (["a", "b", "c"], "could not convert string to float"),
         ([1j, 2, 3], "Complex data not supported"),
         (np.ones((3, 2, 2)), "Found array with dim 3"),
     ],
