@@ -108,6 +108,7 @@ STRANGERS = {
     "odeint": _ARRAYS,
     "_training": _ARRAYS,
     "_marginals": {"torch", "pandas", "sklearn"},
+    "_series": {"torch.nn", "torch.optim"},
     "exceptions": {*_ARRAYS, "torch"},
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 
-from skode._series.columns import first_row, plain_dtype
+from skode._series.columns import first_row
 
 Kind = Literal["stamp", "delta", "number"]
 
@@ -73,7 +73,7 @@ class Clock:
 
 def kind_of(times: pd.Index) -> Kind | None:
     """Return the kind of times that an index may hold, or None."""
-    dtype = plain_dtype(times)
+    dtype = times.dtype
     if isinstance(dtype, pd.PeriodDtype):
         return "stamp"
     if dtype.kind == "O":
@@ -155,7 +155,7 @@ def _numbers(times: pd.Index, where: str) -> np.ndarray:
             "Input X contains infinity or a value too large for dtype('float64') "
             f"in {where}, row {first_row(infinite)}."
         )
-    if plain_dtype(times).kind in "iu" and np.abs(floats).max(initial=0) >= 2.0**53:
+    if times.dtype.kind in "iu" and np.abs(floats).max(initial=0) >= 2.0**53:
         raise ValueError(
             f"Times in {where} are integers beyond 2**53, which floats do not tell "
             "apart: make stamps of them, pd.to_datetime(times, unit='ns'), or "

@@ -9,16 +9,6 @@ def first_row(bad: np.ndarray) -> int:
     return int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
 
 
-def plain_dtype(
-    values: pd.Series | pd.Index,
-) -> np.dtype | pd.api.extensions.ExtensionDtype:
-    """Return the dtype that decides, of categories the one below them."""
-    dtype = values.dtype
-    if isinstance(dtype, pd.CategoricalDtype):
-        return dtype.categories.dtype
-    return dtype
-
-
 def picked(frame: pd.DataFrame, names: pd.Index) -> pd.DataFrame:
     """Return the columns of these names, in their order; a name may be None."""
     return frame.iloc[:, frame.columns.get_indexer(names)]

@@ -93,7 +93,7 @@ class Layout:
         if y is not None:
             return self.read_observations(X, y)
         rows = self._rows(X)
-        return self._table(rows, self._locate(rows), None)
+        return self._table(self._locate(rows), None)
 
     def read_observations(self, X: object, y: object = None) -> Table:
         """Return observations; where fit saw no y, X holds them, and y may be None.
@@ -114,7 +114,7 @@ class Layout:
             raise ValueError(
                 f"This {self.owner} was fitted with y: pass y, what was observed."
             )
-        return self._table(rows, found, values)
+        return self._table(found, values)
 
     def read_history(self, history: object) -> Table:
         """Return observations that come in one piece.
@@ -162,7 +162,7 @@ class Layout:
                 f"history lacks the channels {labelled(missing)}: pass a frame that "
                 "has them beside X's columns, or (X, y)."
             )
-        y = picked(rows.frame, names).set_axis(self.target.columns, axis=1)
+        y = picked(rows.frame, names)
         if self.target.kind == "series":
             y = y.iloc[:, 0]
         return self.read_observations(rows.frame.drop(columns=names), y)
@@ -214,11 +214,21 @@ class Layout:
         return self._array_rows(rows.frame)
 
     def _array_rows(self, frame: pd.DataFrame) -> Rows:
+        columns = self.columns
+        in_columns = self.time in columns and (
+            not self.has_series or self.series in columns
+        )
+        if not in_columns:
+            raise ValueError(
+                "X is an array, but fit found times or series in the index of a "
+                "frame: pass a frame or an index. A transformer before this one in a "
+                'pipeline drops the index: set_output(transform="pandas") keeps it.'
+            )
         width = frame.shape[1]
         if self.own_channels and width == self.n_features - self.n_channels:
-            kept = self.columns[~self.columns.isin(self.target.columns)]
+            kept = columns[~columns.isin(self.target.columns)]
         elif width == self.n_features:
-            kept = self.columns
+            kept = columns
         else:
             raise ValueError(
                 f"X has {width} features, but {self.owner} is expecting "
@@ -226,12 +236,6 @@ class Layout:
             )
         if self.from_array:
             return Rows(frame.set_axis(kept, axis=1), "array")
-        if self.time not in kept or (self.has_series and self.series not in kept):
-            raise ValueError(
-                "X is an array, but fit found times or series in the index of a "
-                "frame: pass a frame or an index. A transformer before this one in a "
-                'pipeline drops the index: set_output(transform="pandas") keeps it.'
-            )
         warnings.warn(
             f"X does not have valid feature names, but {self.owner} was fitted with "
             "feature names",
@@ -285,7 +289,7 @@ class Layout:
                 "give them, NaN where nothing was observed, or pass y."
             )
 
-    def _table(self, rows: Rows, found: Found, values: np.ndarray | None) -> Table:
+    def _table(self, found: Found, values: np.ndarray | None) -> Table:
         clock, times = read_times(found.times, found.where)
         self.clock.require_same(clock)
         return _table(found, times, self.covariates, values)

@@ -347,8 +347,9 @@ def test_names_that_come_or_go_are_warned_of_as_scikit_learn_does():
 
 def test_an_array_cannot_stand_for_an_index():
     layout, _ = learn(WIDE)
-    with pytest.raises(ValueError, match=r"X is an array.*set_output"):
-        layout.read(np.ones((2, 2)))
+    for X in (np.ones((2, 2)), [[1.0], [2.0]]):
+        with pytest.raises(ValueError, match=r"X is an array.*set_output"):
+            layout.read(X)
 
 
 def test_a_scaler_before_a_forecaster_keeps_times_if_asked():
