@@ -1,0 +1,330 @@
+"""The latent ODE: recognition -> solve -> decoder (Chen et al. 2018, section 5).
+
+B series, K samples of the latent path, T rows, Q queries, C channels, P covariates,
+D latent state. Times are in units of a context's span, values standardised.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from skode._nn.baseline import Baseline
+from skode._nn.fields import MLPField
+from skode._nn.integration import Integration
+from skode._nn.predictive import Mixture
+from skode._nn.recognition import (
+    GRUReader,
+    ODERNNReader,
+    Posterior,
+    Recognition,
+    n_inputs,
+)
+from skode._nn.residual import Residual
+from skode._series.batch import Batch
+
+__all__ = ["Emission", "LatentODE", "Shape"]
+
+_SMALLEST, _LARGEST = -6.0, 4.0  # of the logarithm of the scale
+_LOG_TWO_PI = math.log(2 * math.pi)
+READERS = {"gru": GRUReader, "ode_rnn": ODERNNReader}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What decides the number of weights."""
+
+    n_channels: int
+    n_covariates: int
+    latent: int
+    hidden: tuple[int, ...]
+    activation: str
+    encoder: str
+    encoder_width: int
+    decoder: tuple[int, ...]
+    varying_noise: bool
+    persistent: bool
+    events: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What is observed, given the latent path."""
+
+    mean: Tensor
+    """(B, K, T, C)."""
+    log_scale: Tensor
+    """(B, K, T, C)."""
+
+
+class LatentODE(nn.Module):
+    """A vector field, what reads z0 off observations, and what decodes z(t).
+
+    Parameters
+    ----------
+    shape : Shape
+        Widths and parts.
+    baseline : Baseline
+        What is taken from the values before, and given back after.
+    """
+
+    def __init__(self, shape: Shape, baseline: Baseline) -> None:
+        super().__init__()
+        self.shape, self.baseline = shape, baseline
+        width = n_inputs(shape.n_channels, shape.n_covariates)
+        reader = READERS[shape.encoder](width, shape.encoder_width)
+        self.recognition = Recognition(reader, shape.latent)
+        self.field = autonomous(
+            MLPField(shape.latent, shape.hidden, activation=shape.activation)
+        )
+        n_noises = shape.n_channels if shape.varying_noise else 0
+        self.decoder = perceptron(
+            shape.latent + shape.n_covariates,
+            shape.decoder,
+            shape.n_channels + n_noises,
+        )
+        self.log_noise = nn.Parameter(torch.full((shape.n_channels,), -1.0))
+        with torch.no_grad():  # begin with a scale that does not vary
+            self.decoder[-1].weight[shape.n_channels :].mul_(0.1)
+            self.decoder[-1].bias.zero_()
+            if not baseline.empty:  # and with what the baseline says
+                self.decoder[-1].weight[: shape.n_channels].mul_(0.1)
+        self.residual = Residual(shape.n_channels, shape.persistent)
+        self.log_intensity = nn.Linear(shape.latent, 1) if shape.events else None
+
+    def posterior(self, batch: Batch, length: Tensor, how: Integration) -> Posterior:
+        """Return q(z0) given the first `length` (B,) rows."""
+        found: Posterior = self.recognition(batch, length, how)
+        return found
+
+    def states(self, z0: Tensor, times: Tensor, how: Integration) -> Tensor:
+        """Return z (B, K, T, D) at times (B, T), from z0 (B, K, D) at time 0.
+
+        Times before 0 come before all others; those are solved for backwards.
+        """
+        rows, samples, latent = z0.shape
+        start = z0.reshape(rows * samples, latent)
+        ahead = self._solve(start, times.clamp_min(0), samples, how)
+        if bool((times < 0).any()):
+            back = self._solve(start, times.clamp_max(0).flip(1), samples, how).flip(1)
+            past = (times < 0).repeat_interleave(samples, dim=0)[:, :, None]
+            ahead = torch.where(past, back, ahead)
+        return ahead.view(rows, samples, -1, latent)
+
+    def _solve(
+        self, start: Tensor, times: Tensor, samples: int, how: Integration
+    ) -> Tensor:
+        begin = torch.zeros_like(times[:, :1])
+        asked = torch.cat((begin, times), dim=1).repeat_interleave(samples, dim=0)
+        params = tuple(self.field.parameters())
+        return how.solve(self.field, start, asked, params).ys[:, 1:]
+
+    def emit(self, states: Tensor, covariates: Tensor) -> Emission:
+        """Return what states (B, K, T, D) and covariates (B, T, P) decode to."""
+        if self.shape.n_covariates:
+            beside = covariates[:, None].expand(-1, states.shape[1], -1, -1)
+            states = torch.cat((states, beside), dim=3)
+        out = self.decoder(states)
+        mean, log_scale = out, self.log_noise.expand_as(out)
+        if self.shape.varying_noise:
+            mean, more = out.chunk(2, dim=3)
+            log_scale = self.log_noise + more
+        return Emission(mean, log_scale.clamp(_SMALLEST, _LARGEST))
+
+    def log_rate(self, states: Tensor) -> Tensor:
+        """Return the logarithm of the intensity of observations, (B, K, T)."""
+        assert self.log_intensity is not None, "a model of event times has one"
+        rate: Tensor = self.log_intensity(states)[..., 0]
+        return rate
+
+    def log_density(
+        self, batch: Batch, emission: Emission, white: bool = False
+    ) -> Tensor:
+        """Return log-densities given the path and the rows before, (B, K, T, C).
+
+        With `white`, as if no residual persisted.
+        """
+        residual = (batch.values[:, None] - emission.mean) / emission.log_scale.exp()
+        residual = residual * batch.mask[:, None]
+        if white:
+            inner = -0.5 * residual**2
+        else:
+            inner = self.residual.log_density(batch.times, batch.mask, residual)
+        outer = emission.log_scale + 0.5 * _LOG_TWO_PI
+        return inner - outer * batch.mask[:, None]
+
+    def split(self, batch: Batch, length: Tensor) -> tuple[Batch, Tensor]:
+        """Return the batch without its contexts' baseline, and that, (B, T, C)."""
+        if self.baseline.empty:
+            return batch, torch.zeros_like(batch.values)
+        coefficients = self.coefficients(batch, length)
+        base = self.baseline.at(batch.times, coefficients)
+        values = torch.where(batch.mask, batch.values - base, batch.values)
+        return replace(batch, values=values), base
+
+    def coefficients(self, batch: Batch, length: Tensor) -> Tensor:
+        """Return the baseline's coefficients of the first `length` rows."""
+        context = first(batch, length)
+        return self.baseline.fit(context.times, context.values, context.mask)
+
+    def forecast(
+        self, context: Batch, queries: Batch, noise: Tensor, how: Integration
+    ) -> Mixture:
+        """Return the predictive distribution of each value, apart.
+
+        Parameters
+        ----------
+        context : Batch of (B, T)
+            What is known; times count from its first rows.
+        queries : Batch of (B, Q)
+            When, and with which covariates; times count from the same.
+        noise : Tensor of shape (K, D)
+            Standard normal; the samples of all series.
+        """
+        joined = self._joined(context, queries, noise, how)
+        mean, variance = self.residual.smooth(
+            joined.batch.times, joined.batch.mask, joined.error
+        )
+        scale = joined.emission.log_scale.exp()
+        centre = joined.emission.mean + scale * mean
+        spread = scale * (variance + self.residual.white()).sqrt()[:, None]
+        base = joined.base[:, None]
+        return Mixture(joined.answers(centre + base), joined.answers(spread))
+
+    def paths(
+        self,
+        context: Batch,
+        queries: Batch,
+        n_paths: int,
+        generator: torch.Generator,
+        how: Integration,
+    ) -> Tensor:
+        """Return observations drawn jointly over the queries, (B, K, Q, C).
+
+        What persists is drawn as before any observation, and corrected by what those
+        there are say of the draw (Wilson et al. 2021, JMLR 22(105), eq. 11).
+        """
+        like = context.values
+
+        def normal(*shape: int) -> Tensor:
+            drawn = torch.randn(*shape, generator=generator, dtype=like.dtype)
+            return drawn.to(like.device)
+
+        noise = normal(len(like), n_paths, self.shape.latent)
+        joined = self._joined(context, queries, noise, how)
+        times, mask, shape = joined.batch.times, joined.batch.mask, joined.error.shape
+        u = self.residual.draw(times, normal(*shape))
+        white = normal(*shape) * self.residual.white().sqrt()
+        missed = (joined.error - u - white) * mask[:, None]
+        u = u + self.residual.smooth(times, mask, missed)[0]
+        scale = joined.emission.log_scale.exp()
+        drawn = joined.emission.mean + scale * (u + white) + joined.base[:, None]
+        return joined.answers(drawn)
+
+    def intensity(
+        self, context: Batch, queries: Batch, noise: Tensor, how: Integration
+    ) -> Tensor:
+        """Return the expected number of observations per unit of time, (B, Q)."""
+        joined = self._joined(context, queries, noise, how)
+        return joined.answers(self.log_rate(joined.states).exp()).mean(dim=1)
+
+    def _joined(
+        self, context: Batch, queries: Batch, noise: Tensor, how: Integration
+    ) -> "_Joined":
+        length = context.present.sum(dim=1)
+        residual, _ = self.split(context, length)
+        posterior = self.posterior(residual, length, how)
+        z0 = posterior.draw(noise)
+        batch, place = interleaved(residual, queries)
+        base = torch.zeros_like(batch.values)
+        if not self.baseline.empty:
+            base = self.baseline.at(batch.times, self.coefficients(context, length))
+        states = self.states(z0, batch.times, how)
+        emission = self.emit(states, batch.covariates)
+        error = (batch.values[:, None] - emission.mean) / emission.log_scale.exp()
+        error = error * batch.mask[:, None]
+        return _Joined(batch, place, base, states, emission, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Context and queries as one series of T + Q rows, and what the model says."""
+
+    batch: Batch
+    place: Tensor
+    """(B, Q) where the queries stand."""
+    base: Tensor
+    """(B, T + Q, C)."""
+    states: Tensor
+    """(B, K, T + Q, D)."""
+    emission: Emission
+    error: Tensor
+    """(B, K, T + Q, C) in units of the scale; 0 where not observed."""
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Return the queries' part of (B, K, T + Q, ...)."""
+        place = self.place[(slice(None), None, slice(None)) + (None,) * (x.ndim - 3)]
+        return x.gather(2, place.expand(-1, x.shape[1], -1, *x.shape[3:]))
+
+
+def interleaved(context: Batch, queries: Batch) -> tuple[Batch, Tensor]:
+    """Return both as one batch in the order of time, and where the queries stand.
+
+    Padding of a context stands where its last row does, and is not observed.
+    """
+    times = torch.cat((context.times, queries.times), dim=1)
+    n_known = context.times.shape[1]
+    nothing = torch.zeros_like(queries.times)[:, :, None]
+    n_channels = context.values.shape[2]
+    values = torch.cat((context.values, nothing.expand(-1, -1, n_channels)), dim=1)
+    mask = torch.cat(
+        (context.mask, nothing.expand(-1, -1, n_channels).bool()), dim=1
+    )
+    covariates = torch.cat((context.covariates, queries.covariates), dim=1)
+    present = torch.cat((context.present, queries.present), dim=1)
+    order = times.argsort(dim=1, stable=True)
+    place = order.argsort(dim=1)[:, n_known:]
+    return chosen(Batch(times, values, mask, present, covariates), order), place
+
+
+def chosen(batch: Batch, rows: Tensor) -> Batch:
+    """Return rows (B, N) of each series."""
+
+    def wide(x: Tensor) -> Tensor:
+        return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+
+    return Batch(
+        batch.times.gather(1, rows),
+        wide(batch.values),
+        wide(batch.mask),
+        batch.present.gather(1, rows),
+        wide(batch.covariates),
+    )
+
+
+def first(batch: Batch, length: Tensor) -> Batch:
+    """Return the batch with all but the first `length` (B,) rows not observed."""
+    place = torch.arange(batch.times.shape[1], device=length.device)
+    present = batch.present & (place < length[:, None])
+    return replace(batch, mask=batch.mask & present[:, :, None], present=present)
+
+
+def autonomous(field: MLPField) -> MLPField:
+    """Return the field with shifts by time fixed at zero: no moment is special."""
+    for shift in field.shifts:
+        shift.data.zero_()
+        shift.requires_grad_(False)
+    for bias in field.biases:
+        bias.data.zero_()
+    field.weights[-1].data.mul_(0.5)
+    return field
+
+
+def perceptron(n_in: int, hidden: tuple[int, ...], n_out: int) -> nn.Sequential:
+    """Return layers with tanh between."""
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(n_in, width), nn.Tanh()]
+        n_in = width
+    return nn.Sequential(*layers, nn.Linear(n_in, n_out))

@@ -1,0 +1,338 @@
+"""What a latent ODE is trained on: pieces of series, cut anew each time.
+
+A piece is a stretch of a series, cut into a context and what follows. Short pieces come
+first and grow: over many turns of a solution, gradients say little until the first turn
+is right. B pieces, K samples of the latent path, T rows, C channels.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from skode._nn.integration import Integration
+from skode._nn.latent import LatentODE, chosen
+from skode._nn.recognition import Posterior
+from skode._series.batch import Batch
+
+__all__ = ["Cutter", "LatentObjective", "Plan", "evaluate"]
+
+_SHORTEST = 0.15
+"""Share of its rows that a piece shows at the beginning of a training."""
+_GROWN = 0.5
+"""Share of the training after which pieces have their whole length."""
+_WARM = 0.2
+"""Share of the training over which the divergence from the prior comes to count."""
+_WHITE = 0.35
+"""Share of the training during which residuals are white noise: before the path is
+roughly right, whatever it misses persists, and the residual would take its place."""
+_LEAST_CONTEXT, _MOST_CONTEXT = 0.15, 0.95
+_GAUSS = ((-math.sqrt(0.6), 5 / 18), (0.0, 8 / 18), (math.sqrt(0.6), 5 / 18))
+"""Nodes on [-1, 1] and weights, summing to 1, of Gauss and Legendre's third rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Stretches of series; times count from their first rows."""
+
+    batch: Batch
+    rows: Tensor
+    """(B,) how many rows there are."""
+    context: Tensor
+    """(B,) how many of these are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cutter:
+    """Cuts pieces of series.
+
+    Parameters
+    ----------
+    series : Batch of (N, T)
+        All training series.
+    window : float
+        Longest time that a piece spans.
+    most_rows : int
+        Longer pieces are thinned to so many rows.
+    generator : torch.Generator
+        Chooses, on the CPU.
+    """
+
+    series: Batch
+    window: float
+    most_rows: int
+    generator: torch.Generator
+
+    def cut(self, which: Tensor, reach: float) -> Piece:
+        """Return a piece of each series in `which` (B,), of `reach` of its rows."""
+        times, present = self.series.times[which], self.series.present[which]
+        count = present.sum(dim=1)
+        start = self._start(times, count, reach)
+        end = torch.searchsorted(
+            times.contiguous(), times.gather(1, start[:, None]) + self.window, right=True
+        )[:, 0].minimum(count)
+        longest = (reach * (end - start)).ceil().long().clamp_min(2)
+        rows = longest.minimum(end - start)
+        share = _LEAST_CONTEXT + (_MOST_CONTEXT - _LEAST_CONTEXT) * self._uniform(which)
+        context = (1 + (share * (rows - 1)).long()).minimum(rows)
+        index, context, rows = self._index(start, rows, context)
+        return _piece(self.series, which, index, rows, context)
+
+    def _uniform(self, which: Tensor) -> Tensor:
+        return torch.rand(len(which), generator=self.generator).to(which.device)
+
+    def _start(self, times: Tensor, count: Tensor, reach: float) -> Tensor:
+        """Return first rows: of a whole series, half of the time its first."""
+        at_first = self._uniform(count) < 0.5 * (reach == 1.0)
+        last_start = torch.searchsorted(
+            times.contiguous(), (times[:, -1:] - self.window).contiguous()
+        )[:, 0]
+        room = torch.maximum(last_start, ((1 - reach) * count).long())
+        room = torch.where(at_first, last_start, torch.maximum(room, count // 2))
+        start = (self._uniform(count) * (room + 1)).long()
+        return start.minimum((count - 2).clamp_min(0))
+
+    def _index(
+        self, start: Tensor, rows: Tensor, context: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows of the series (B, T), and the counts after thinning."""
+        if int(rows.max()) <= self.most_rows:
+            step = torch.arange(int(rows.max()), device=start.device)
+            index = start[:, None] + step.minimum((rows - 1)[:, None])
+            return index, context, rows
+        chosen_rows, contexts = [], []
+        for begin, total, known in zip(
+            start.tolist(), rows.tolist(), context.tolist(), strict=True
+        ):
+            before = thinned(known, self.most_rows * 2 // 3, self.generator).flip(0)
+            after = thinned(total - known, self.most_rows // 3, self.generator)
+            chosen_rows.append(
+                begin + torch.cat((known - 1 - before, known + after))
+            )
+            contexts.append(len(before))
+        longest = max(map(len, chosen_rows))
+        index = torch.stack(
+            [torch.cat((x, x[-1:].expand(longest - len(x)))) for x in chosen_rows]
+        )
+        counts = torch.tensor([len(x) for x in chosen_rows])
+        device = start.device
+        return index.to(device), torch.tensor(contexts).to(device), counts.to(device)
+
+
+def thinned(count: int, most: int, generator: torch.Generator) -> Tensor:
+    """Return distances 0 <= d < count, increasing: near ones all, and some far ones."""
+    if count <= most:
+        return torch.arange(count)
+    near = most // 2
+    far = near + torch.randperm(count - near, generator=generator)[: most - near]
+    return torch.cat((torch.arange(near), far.sort().values))
+
+
+def _piece(
+    series: Batch, which: Tensor, index: Tensor, rows: Tensor, context: Tensor
+) -> Piece:
+    picked = Batch(
+        series.times[which],
+        series.values[which],
+        series.mask[which],
+        series.present[which],
+        series.covariates[which],
+    )
+    batch = chosen(picked, index)
+    step = torch.arange(index.shape[1], device=rows.device)
+    present = step < rows[:, None]
+    batch = replace(
+        batch,
+        times=batch.times - batch.times[:, :1],
+        mask=batch.mask & present[:, :, None],
+        present=present,
+    )
+    return Piece(batch, rows, context)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a latent ODE is trained.
+
+    Parameters
+    ----------
+    bound : {"predictive", "elbo", "iwae"}
+        Of what the loss is minus the value, per observed number.
+    samples : int
+        K.
+    consistency : float
+        Weight of how far a path is from what its later observations alone say of it.
+    steps : int
+        How many batches the training has.
+    """
+
+    bound: str
+    samples: int
+    consistency: float
+    steps: int
+
+
+class LatentObjective:
+    """The loss of a batch of series; it counts its calls to know how far it has come.
+
+    Parameters
+    ----------
+    series_of : Tensor of shape (n,)
+        Which series each training row of the loop stands for.
+    """
+
+    def __init__(
+        self,
+        model: LatentODE,
+        cutter: Cutter,
+        series_of: Tensor,
+        how: Callable[[], Integration],
+        plan: Plan,
+    ) -> None:
+        self._model, self._cutter, self._series_of = model, cutter, series_of
+        self._how, self._plan = how, plan
+        self.calls = 0
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the loss of pieces of these rows' series."""
+        progress = self.calls / self._plan.steps
+        self.calls += 1
+        reach = min(1.0, _SHORTEST + (1 - _SHORTEST) * progress / _GROWN)
+        piece = self._cutter.cut(self._series_of[rows], reach)
+        warmth = min(1.0, progress / _WARM)
+        return self.loss(piece, warmth, white=progress < _WHITE)
+
+    def loss(self, piece: Piece, warmth: float = 1.0, white: bool = False) -> Tensor:
+        """Return the loss of a piece, with normal draws of the cutter's generator."""
+        model, plan, how = self._model, self._plan, self._how()
+        batch, _ = model.split(piece.batch, piece.context)
+        posterior = model.posterior(batch, piece.context, how)
+        noise = torch.randn(
+            len(batch.times),
+            plan.samples,
+            model.shape.latent,
+            generator=self._cutter.generator,
+            dtype=batch.values.dtype,
+        ).to(batch.values.device)
+        z0 = posterior.draw(noise)
+        nodes = _with_nodes(batch.times) if model.shape.events else batch.times
+        states = model.states(z0, nodes, how)
+        rates = None
+        if model.shape.events:
+            rates = _log_likelihood_of_times(model, states, batch)
+            states = states[:, :, :: len(_GAUSS) + 1]
+        emission = model.emit(states, batch.covariates)
+        density = model.log_density(batch, emission, white)
+        by_row = density.sum(dim=3)  # (B, K, T)
+        if rates is not None:
+            by_row = by_row + rates
+        bound = _BOUNDS[plan.bound](by_row, piece, posterior, z0, warmth)
+        total = bound.sum()
+        if plan.consistency:
+            total = total - plan.consistency * warmth * self._inconsistency(
+                batch, piece.rows, states, how
+            )
+        return -total / batch.mask.sum().clamp_min(1)
+
+    def _inconsistency(
+        self, batch: Batch, rows: Tensor, states: Tensor, how: Integration
+    ) -> Tensor:
+        """Return how unlikely the paths are by what is observed from a row on.
+
+        A path that leaves the states which observations speak of has no future to be
+        learned from others. The row is drawn.
+        """
+        share = torch.rand(len(rows), generator=self._cutter.generator).to(rows.device)
+        begin = (1 + (share * (rows - 1).clamp_min(0)).long()).minimum(
+            (rows - 1).clamp_min(0)
+        )
+        step = torch.arange(batch.times.shape[1], device=rows.device)
+        index = torch.minimum(begin[:, None] + step, (rows - 1).clamp_min(0)[:, None])
+        later = chosen(batch, index)
+        left = rows - begin
+        later = replace(later, times=later.times - later.times[:, :1])
+        there = self._model.posterior(later, left, how)
+        place = begin[:, None, None, None].expand(
+            -1, states.shape[1], 1, states.shape[3]
+        )
+        path = states.gather(2, place)[:, :, 0]
+        return there.cross_entropy(path).mean(dim=1).sum()
+
+
+def _predictive(
+    by_row: Tensor, piece: Piece, posterior: Posterior, z0: Tensor, warmth: float
+) -> Tensor:
+    """ELBO of the context, and the mixture's log-density of each row beyond, (B,)."""
+    step = torch.arange(by_row.shape[2], device=by_row.device)
+    known = step < piece.context[:, None]
+    inside = (by_row.mean(dim=1) * known).sum(dim=1)
+    mixed = torch.logsumexp(by_row, dim=1) - math.log(by_row.shape[1])
+    return inside + (mixed * ~known).sum(dim=1) - warmth * posterior.divergence()
+
+
+def _elbo(
+    by_row: Tensor, piece: Piece, posterior: Posterior, z0: Tensor, warmth: float
+) -> Tensor:
+    """Evidence lower bound of the piece, (B,) (Kingma & Welling 2014, eq. 3)."""
+    return by_row.sum(dim=2).mean(dim=1) - warmth * posterior.divergence()
+
+
+def _iwae(
+    by_row: Tensor, piece: Piece, posterior: Posterior, z0: Tensor, warmth: float
+) -> Tensor:
+    """Importance-weighted bound, (B,) (Burda, Grosse & Salakhutdinov 2016, eq. 8)."""
+    prior = -0.5 * z0.square().sum(dim=2)
+    weight = by_row.sum(dim=2) + warmth * (prior + posterior.cross_entropy(z0))
+    return torch.logsumexp(weight, dim=1) - math.log(z0.shape[1])
+
+
+_BOUNDS = {"predictive": _predictive, "elbo": _elbo, "iwae": _iwae}
+BOUNDS = tuple(_BOUNDS)
+
+
+def _with_nodes(times: Tensor) -> Tensor:
+    """Return times (B, 4 T - 3): after each row but the last, the gap's nodes."""
+    middle = (times[:, 1:] + times[:, :-1]) / 2
+    half = (times[:, 1:] - times[:, :-1]) / 2
+    nodes = [middle + node * half for node, _ in _GAUSS]
+    between = torch.stack((times[:, :-1], *nodes), dim=2).flatten(1)
+    return torch.cat((between, times[:, -1:]), dim=1)
+
+
+def _log_likelihood_of_times(
+    model: LatentODE, states: Tensor, batch: Batch
+) -> Tensor:
+    """Return the Poisson process's log-likelihood (Chen et al. 2018, section 5.1).
+
+    Of each row, given that the row before is one: log rate at the row, less the rate's
+    integral since the row before; (B, K, T), 0 for the first row.
+    """
+    log_rate = model.log_rate(states)
+    every = len(_GAUSS) + 1
+    gaps = torch.diff(batch.times, dim=1)[:, None]
+    events = batch.present[:, None, 1:]
+    expected = sum(
+        weight * log_rate[:, :, 1 + node :: every].exp() * gaps
+        for node, (_, weight) in enumerate(_GAUSS)
+    )
+    at_rows = (log_rate[:, :, every::every] - expected) * events
+    return torch.nn.functional.pad(at_rows, (1, 0))
+
+
+def evaluate(
+    model: LatentODE, piece: Piece, noise: Tensor, how: Integration
+) -> tuple[float, int]:
+    """Return the sum of log-densities of what follows contexts, and of how many."""
+    step = torch.arange(piece.batch.times.shape[1], device=piece.rows.device)
+    known = step < piece.context[:, None]
+    context = replace(
+        piece.batch,
+        mask=piece.batch.mask & known[:, :, None],
+        present=piece.batch.present & known,
+    )
+    mixture = model.forecast(context, piece.batch, noise, how)
+    asked = piece.batch.mask & ~known[:, :, None]
+    density = mixture.log_density(piece.batch.values) * asked
+    return float(density.sum()), int(asked.sum())
