@@ -51,8 +51,7 @@ def _column(column: pd.Series, name: object, what: str) -> np.ndarray:
 
 
 def _holds_numbers(column: pd.Series) -> bool:
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        return False  # even of numbers: they are names, and need not be ordered
+    # Categories are objects here, and no numbers even if they are made of them.
     if column.dtype.kind == "O":
         kinds = {"integer", "floating", "mixed-integer-float", "boolean", "decimal"}
         # A column of nothing but None was not observed at all.

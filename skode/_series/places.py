@@ -286,19 +286,13 @@ def _time_level(rows: Rows, free: list[int]) -> int:
                 + _HOW_TO_GIVE_TIMES.format(hint=_hint(rows))
             )
         return free[0]
-    kinds = {level: _kind_of_level(index, level) for level in free}
+    # Categories are of no kind: they name series, whatever they are made of.
+    kinds = {level: kind_of(index.get_level_values(level)) for level in free}
     for wanted in ({"stamp", "delta"}, {"stamp", "delta", "number"}):
         fitting = [level for level in free if kinds[level] in wanted]
         if len(fitting) == 1:
             return fitting[0]
     return free[-1]
-
-
-def _kind_of_level(index: pd.Index, level: int) -> str | None:
-    values = index.get_level_values(level)
-    # Categories name series, whatever they are made of.
-    categories = isinstance(values.dtype, pd.CategoricalDtype)
-    return None if categories else kind_of(values)
 
 
 def _hint(rows: Rows) -> str:

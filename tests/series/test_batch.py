@@ -34,6 +34,12 @@ def test_what_was_not_observed_is_masked_and_zero():
     assert not batch.mask[0].any() and not batch.values[0].any()
 
 
+def test_the_repeated_row_is_not_observed_again():
+    batch = pad([LONG.take(slice(2, 3)), LONG])
+    assert batch.mask[0].tolist() == [[True, True], [False, False], [False, False]]
+    assert batch.values[0].tolist() == [[3, 4], [0, 0], [0, 0]]
+
+
 def test_a_series_reads_the_same_in_every_batch():
     alone, among = pad([SHORT]), pad([EMPTY, SHORT, LONG])
     for name in ("times", "values", "mask", "present", "covariates"):

@@ -40,6 +40,11 @@ def test_a_nanosecond_counts_in_stamps():
     assert seconds_between(exact, exact[1].item()).tolist() == [-1e-9, 0.0]
 
 
+def test_a_nanosecond_counts_across_a_full_second():
+    _, exact = read(pd.to_timedelta([SECOND - 1, SECOND], unit="ns"))
+    assert seconds_between(exact, exact[0].item()).tolist() == [0.0, 1e-9]
+
+
 def test_stamps_may_lie_five_centuries_apart():
     first, last = pd.Timestamp("1690-01-01"), pd.Timestamp("2250-01-01")
     _, exact = read(pd.DatetimeIndex([first, last]))

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -68,6 +68,7 @@ def test_one_row_is_a_history():
     assert len(one) == 1 and one.times.tolist() == [0.0]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_the_order_of_rows_changes_no_bit(data):
     n = data.draw(st.integers(1, 12))

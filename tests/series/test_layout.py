@@ -111,6 +111,14 @@ def test_a_name_that_fit_found_is_found_again():
     assert table.keys == [1, 3] and table.times.tolist() == [5, 6]
 
 
+def test_a_level_and_a_column_of_one_name_are_told_as_in_fit():
+    X = pd.DataFrame({"date": [7.0, 8.0, 9.0]}, index=STAMPS.rename("date"))
+    layout, table = learn(X, [1, 2, 3])
+    again = layout.read(X)
+    assert again.times.tolist() == table.times.tolist()
+    assert again.covariates.tolist() == [[7], [8], [9]]
+
+
 def test_an_array_has_its_times_first():
     X = np.array([[0.0, 7.0, 1.0], [1.0, 8.0, 2.0]])
     layout, table = learn(X, [1.0, 2.0])
