@@ -90,7 +90,9 @@ def record(est, history):
     est.best_validation_score_ = history.best_score
 
 
-def training(est, n_rows, smallest_batch, alpha=None, averaging=0.0):
+def training(
+    est, n_rows, smallest_batch, alpha=None, averaging=0.0, plateau_from=0
+):
     """Return how to train on so many rows; `alpha` None: the parameter."""
     batch_size = est.batch_size
     if batch_size == "auto":
@@ -106,6 +108,7 @@ def training(est, n_rows, smallest_batch, alpha=None, averaging=0.0):
         n_iter_no_change=est.n_iter_no_change,
         verbose=bool(est.verbose),
         averaging=averaging,
+        plateau_from=plateau_from,
     )
 
 
@@ -122,7 +125,7 @@ def holds_out(early_stopping, n_rows, least):
     return n_rows >= least if early_stopping == "auto" else early_stopping
 
 
-def hold_out(est, n_rows, seed, stratify=None):
+def hold_out(est, n_rows, seed, stratify=None, what="rows"):
     """Return indices of training and of held-out rows."""
     try:
         return train_test_split(
@@ -134,7 +137,7 @@ def hold_out(est, n_rows, seed, stratify=None):
     except ValueError as error:
         raise ValueError(
             f"early_stopping=True cannot hold out validation_fraction="
-            f"{est.validation_fraction} of {n_rows} rows ({error}). Pass more rows, "
+            f"{est.validation_fraction} of {n_rows} {what} ({error}). Pass more, "
             "another fraction, or early_stopping=False."
         ) from error
 

@@ -45,6 +45,8 @@ class Training:
     averaging: float = 0.0
     """Share that the running average of the weights, which is what a fit ends with,
     keeps of itself at each step; 0: the weights themselves."""
+    plateau_from: int = 0
+    """First epoch that may be part of a plateau, where the task grows at first."""
 
 
 @dataclass(slots=True)
@@ -366,7 +368,7 @@ class _Schedule:
         # A short fit is judged on its second half.
         patience = min(self._how.n_iter_no_change, max(1, self._how.max_iter // 2))
         self._bests.append(min(loss, self._bests[-1] if self._bests else math.inf))
-        if len(self._bests) <= patience:
+        if len(self._bests) <= patience + self._how.plateau_from:
             return
         gain = self._bests[-1 - patience] - self._bests[-1]
         if gain < tol and epoch < self._start:

@@ -28,6 +28,8 @@ __all__ = ["Emission", "LatentODE", "Shape"]
 
 _SMALLEST, _LARGEST = -6.0, 4.0  # of the logarithm of the scale
 _LOG_TWO_PI = math.log(2 * math.pi)
+MOST_READ = 128
+"""Rows of a context that a recognition network reads."""
 READERS = {"gru": GRUReader, "ode_rnn": ODERNNReader}
 
 
@@ -125,11 +127,12 @@ class LatentODE(nn.Module):
         if self.shape.n_covariates:
             beside = covariates[:, None].expand(-1, states.shape[1], -1, -1)
             states = torch.cat((states, beside), dim=3)
-        out = self.decoder(states)
-        mean, log_scale = out, self.log_noise.expand_as(out)
         if self.shape.varying_noise:
-            mean, more = out.chunk(2, dim=3)
+            mean, more = self.decoder(states).chunk(2, dim=3)
             log_scale = self.log_noise + more
+        else:
+            mean = self.decoder(states)
+            log_scale = self.log_noise.expand_as(mean)
         return Emission(mean, log_scale.clamp(_SMALLEST, _LARGEST))
 
     def log_rate(self, states: Tensor) -> Tensor:
@@ -234,7 +237,7 @@ class LatentODE(nn.Module):
     ) -> "_Joined":
         length = context.present.sum(dim=1)
         residual, _ = self.split(context, length)
-        posterior = self.posterior(residual, length, how)
+        posterior = self.posterior(*readable(residual, length), how)
         z0 = posterior.draw(noise)
         batch, place = interleaved(residual, queries)
         base = torch.zeros_like(batch.values)
@@ -301,6 +304,24 @@ def chosen(batch: Batch, rows: Tensor) -> Batch:
         batch.present.gather(1, rows),
         wide(batch.covariates),
     )
+
+
+def readable(batch: Batch, length: Tensor) -> tuple[Batch, Tensor]:
+    """Return at most `MOST_READ` rows of each context, and how many.
+
+    The first, the last ones, and rows evenly between: what a recognition network would
+    have to carry through thousands of rows, it loses on the way.
+    """
+    if int(length.max()) <= MOST_READ:
+        return batch, length
+    near = MOST_READ // 2
+    far = MOST_READ - near
+    step = torch.arange(MOST_READ, device=length.device)
+    older = (length - near)[:, None]
+    spread = torch.where(step < far, step * older // far, older + step - far)
+    rows = torch.where((length > MOST_READ)[:, None], spread, step)
+    kept = length.clamp_max(MOST_READ)
+    return chosen(batch, rows.minimum((length - 1).clamp_min(0)[:, None])), kept
 
 
 def first(batch: Batch, length: Tensor) -> Batch:

@@ -6,18 +6,17 @@ is right. B pieces, K samples of the latent path, T rows, C channels.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from skode._nn.integration import Integration
-from skode._nn.latent import LatentODE, chosen
+from skode._nn.latent import LatentODE, chosen, first
 from skode._nn.recognition import Posterior
 from skode._series.batch import Batch
 
-__all__ = ["Cutter", "LatentObjective", "Plan", "evaluate"]
+__all__ = ["BOUNDS", "Cutter", "LatentObjective", "Piece", "Plan", "evaluate"]
 
 _SHORTEST = 0.15
 """Share of its rows that a piece shows at the beginning of a training."""
@@ -86,9 +85,8 @@ class Cutter:
     def _start(self, times: Tensor, count: Tensor, reach: float) -> Tensor:
         """Return first rows: of a whole series, half of the time its first."""
         at_first = self._uniform(count) < 0.5 * (reach == 1.0)
-        last_start = torch.searchsorted(
-            times.contiguous(), (times[:, -1:] - self.window).contiguous()
-        )[:, 0]
+        end = times.gather(1, (count - 1)[:, None])
+        last_start = torch.searchsorted(times.contiguous(), end - self.window)[:, 0]
         room = torch.maximum(last_start, ((1 - reach) * count).long())
         room = torch.where(at_first, last_start, torch.maximum(room, count // 2))
         start = (self._uniform(count) * (room + 1)).long()
@@ -166,47 +164,51 @@ class Plan:
         Weight of how far a path is from what its later observations alone say of it.
     steps : int
         How many batches the training has.
+    pieces : int
+        How many pieces an epoch has.
     """
 
     bound: str
     samples: int
     consistency: float
     steps: int
+    pieces: int
 
 
 class LatentObjective:
-    """The loss of a batch of series; it counts its calls to know how far it has come.
-
-    Parameters
-    ----------
-    series_of : Tensor of shape (n,)
-        Which series each training row of the loop stands for.
-    """
+    """The loss of a batch of pieces; it counts its calls to know how far it has come."""
 
     def __init__(
         self,
         model: LatentODE,
         cutter: Cutter,
-        series_of: Tensor,
-        how: Callable[[], Integration],
+        how: Integration,
         plan: Plan,
     ) -> None:
-        self._model, self._cutter, self._series_of = model, cutter, series_of
+        self._model, self._cutter = model, cutter
         self._how, self._plan = how, plan
         self.calls = 0
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return the loss of pieces of these rows' series."""
+        """Return the loss of one piece for each of these rows."""
         progress = self.calls / self._plan.steps
         self.calls += 1
         reach = min(1.0, _SHORTEST + (1 - _SHORTEST) * progress / _GROWN)
-        piece = self._cutter.cut(self._series_of[rows], reach)
+        piece = self._cutter.cut(self._series(rows), reach)
         warmth = min(1.0, progress / _WARM)
         return self.loss(piece, warmth, white=progress < _WHITE)
 
+    def _series(self, rows: Tensor) -> Tensor:
+        """Return which series rows of the loop stand for: each in turn, or drawn."""
+        count = len(self._cutter.series.times)
+        if count <= self._plan.pieces:
+            return rows % count
+        drawn = torch.randint(count, rows.shape, generator=self._cutter.generator)
+        return drawn.to(rows.device)
+
     def loss(self, piece: Piece, warmth: float = 1.0, white: bool = False) -> Tensor:
         """Return the loss of a piece, with normal draws of the cutter's generator."""
-        model, plan, how = self._model, self._plan, self._how()
+        model, plan, how = self._model, self._plan, self._how
         batch, _ = model.split(piece.batch, piece.context)
         posterior = model.posterior(batch, piece.context, how)
         noise = torch.randn(
@@ -319,6 +321,35 @@ def _log_likelihood_of_times(
     )
     at_rows = (log_rate[:, :, every::every] - expected) * events
     return torch.nn.functional.pad(at_rows, (1, 0))
+
+
+def halves(series: Batch, window: float) -> list[Piece]:
+    """Return the first rows of each series up to a window, cut at thirds."""
+    count = series.present.sum(dim=1)
+    end = torch.searchsorted(
+        series.times.contiguous(), series.times[:, :1] + window, right=True
+    )[:, 0].minimum(count)
+    step = torch.arange(series.times.shape[1], device=count.device)
+    index = step.minimum((end - 1)[:, None])
+    which = torch.arange(len(count), device=count.device)
+    contexts = [(end * k // 3).clamp_min(1).minimum(end) for k in (1, 2)]
+    return [_piece(series, which, index, end, context) for context in contexts]
+
+
+def ahead(series: Batch, share: float, context: float) -> tuple[Batch, list[Piece]]:
+    """Return the series without their last rows, and these as a piece to forecast."""
+    count = series.present.sum(dim=1)
+    kept = ((1 - share) * count).ceil().long()
+    step = torch.arange(series.times.shape[1], device=count.device)
+    place = kept[:, None].minimum((count - 1)[:, None])
+    now = series.times.gather(1, place)
+    begin = torch.searchsorted(series.times.contiguous(), now - context)[:, 0]
+    begin = begin.minimum((kept - 1).clamp_min(0))
+    rows = count - begin
+    index = begin[:, None] + step.minimum((rows - 1)[:, None])
+    which = torch.arange(len(count), device=count.device)
+    piece = _piece(series, which, index, rows, kept - begin)
+    return first(series, kept), [piece]
 
 
 def evaluate(

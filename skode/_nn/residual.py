@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _JITTER = 1e-4
 """Variance that white noise has at least."""
@@ -79,40 +80,27 @@ class Residual(nn.Module):
 
     def filter(self, times: Tensor, mask: Tensor, residual: Tensor) -> Filtered:
         """Go forwards in time over what was observed."""
-        share = self.persisting()
-        gaps = torch.diff(times, dim=1, prepend=times[:, :1])
-        decay = torch.exp(-gaps[:, :, None] / self.log_time.exp())
+        share, white = self.persisting(), self.white()
+        decay = self._decay(times)
         fresh = share * (1 - decay**2)
-        observed = mask.to(residual.dtype)
-        mean = torch.zeros_like(residual[:, :, 0])  # (B, K, C)
-        variance = share.expand(len(times), -1)  # (B, C)
-        means, variances, updated, updated_variances = [], [], [], []
-        for row, (phi, new, seen, value) in enumerate(
-            zip(
-                decay.unbind(1),
-                fresh.unbind(1),
-                observed.unbind(1),
-                residual.unbind(2),
-                strict=True,
-            )
-        ):
-            if row:
-                mean = phi[:, None] * mean
-                variance = phi * phi * variance + new
-            means.append(mean)
-            variances.append(variance)
-            gain = variance / (variance + (1 - share)) * seen
-            mean = mean + gain[:, None] * (value - mean)
-            variance = variance * (1 - gain)
-            updated.append(mean)
-            updated_variances.append(variance)
+        variance = _variances(decay**2, fresh, share, white, mask)
+        gain = variance / (variance + white) * mask
+        # m[i + 1] = phi[i + 1] (m[i] + gain[i] (r[i] - m[i]))
+        onward = F.pad(decay[:, 1:] * (1 - gain[:, :-1]), (0, 0, 1, 0))[:, None]
+        brought = decay[:, None, 1:] * gain[:, None, :-1] * residual[:, :, :-1]
+        mean = scan(onward, F.pad(brought, (0, 0, 1, 0)))
         return Filtered(
-            torch.stack(means, dim=2),
-            torch.stack(variances, dim=1),
-            torch.stack(updated, dim=2),
-            torch.stack(updated_variances, dim=1),
+            mean,
+            variance,
+            mean + gain[:, None] * (residual - mean),
+            variance * (1 - gain),
             decay,
         )
+
+    def _decay(self, times: Tensor) -> Tensor:
+        """Return u's correlation with the row before, (B, T, C)."""
+        gaps = torch.diff(times, dim=1, prepend=times[:, :1])
+        return torch.exp(-gaps[:, :, None] / self.log_time.exp())
 
     def smooth(
         self, times: Tensor, mask: Tensor, residual: Tensor
@@ -122,29 +110,73 @@ class Residual(nn.Module):
             nothing = torch.zeros_like(residual)
             return nothing, nothing[:, 0]
         known = self.filter(times, mask, residual)
-        mean, variance = known.updated_mean[:, :, -1], known.updated_variance[:, -1]
-        means, variances = [mean], [variance]
-        for row in range(times.shape[1] - 2, -1, -1):
-            before = known.updated_variance[:, row]
-            gain = known.decay[:, row + 1] * before / known.variance[:, row + 1]
-            step = mean - known.mean[:, :, row + 1]
-            mean = known.updated_mean[:, :, row] + gain[:, None] * step
-            variance = before + gain**2 * (variance - known.variance[:, row + 1])
-            means.append(mean)
-            variances.append(variance)
-        return torch.stack(means[::-1], dim=2), torch.stack(variances[::-1], dim=1)
+        # What the row after teaches comes back by `gain`.
+        gain = known.decay[:, 1:] * known.updated_variance[:, :-1]
+        gain = F.pad(gain / known.variance[:, 1:], (0, 0, 0, 1))
+        after = F.pad(known.mean[:, :, 1:], (0, 0, 0, 1))
+        mean = scan_back(gain[:, None], known.updated_mean - gain[:, None] * after)
+        after = F.pad(known.variance[:, 1:], (0, 0, 0, 1))
+        variance = scan_back(
+            (gain**2)[:, None], (known.updated_variance - gain**2 * after)[:, None]
+        )
+        return mean, variance[:, 0].clamp_min(0)
 
     def draw(self, times: Tensor, noise: Tensor) -> Tensor:
         """Return u (B, K, T, C) of standard normal noise, before any observation."""
         if not self.persistent:
             return torch.zeros_like(noise)
-        share = self.persisting()
-        gaps = torch.diff(times, dim=1, prepend=times[:, :1])
-        decay = torch.exp(-gaps[:, :, None] / self.log_time.exp())
+        share, decay = self.persisting(), self._decay(times)[:, None]
         spread = (share * (1 - decay**2)).sqrt()
-        u = share.sqrt() * noise[:, :, 0]
-        drawn = [u]
-        for row in range(1, times.shape[1]):
-            u = decay[:, row, None] * u + spread[:, row, None] * noise[:, :, row]
-            drawn.append(u)
-        return torch.stack(drawn, dim=2)
+        spread = torch.cat((share.sqrt().expand_as(spread[:, :, :1]), spread[:, :, 1:]), 2)
+        return scan(decay, spread * noise)
+
+
+def scan(a: Tensor, b: Tensor) -> Tensor:
+    """Return x[t] = a[t] x[t - 1] + b[t] along the rows, from x[-1] = 0.
+
+    By doubling: log2 T operations instead of T (Sarkka & Garcia-Fernandez 2021,
+    arXiv:1905.13002). a is (B, 1, T, C), b (B, K, T, C).
+    """
+    shift = 1
+    while shift < b.shape[2]:
+        late, early = slice(shift, None), slice(None, -shift)
+        b = torch.cat((b[:, :, :shift], a[:, :, late] * b[:, :, early] + b[:, :, late]), 2)
+        a = torch.cat((a[:, :, :shift], a[:, :, late] * a[:, :, early]), 2)
+        shift *= 2
+    return b
+
+
+def scan_back(a: Tensor, b: Tensor) -> Tensor:
+    """Return x[t] = a[t] x[t + 1] + b[t], from x[T] = 0."""
+    return scan(a.flip(2), b.flip(2)).flip(2)
+
+
+def _variances(
+    onward: Tensor, fresh: Tensor, first: Tensor, white: Tensor, mask: Tensor
+) -> Tensor:
+    """Return the variance of u at each row given the rows before, (B, T, C).
+
+    From P at a row, the next one's is onward P w / (P + w) + fresh if it is observed,
+    with white noise of variance w, and onward P + fresh if not: a ratio of linear
+    functions of P, and so is what several rows make of it. These are composed as 2 x 2
+    matrices of positive numbers, by doubling as in `scan`.
+    """
+    step, new = onward[:, 1:], fresh[:, 1:]
+    seen = mask[:, :-1].to(onward.dtype)
+    w = white.expand_as(step)
+    # [[p, q], [r, s]] stands for P -> (p P + q) / (r P + s).
+    p, q, r, s = step * w + seen * new, new * w, seen * torch.ones_like(w), w
+    shift = 1
+    while shift < p.shape[1]:
+        late, early = slice(shift, None), slice(None, -shift)
+        a, b, c, d = (x[:, late] for x in (p, q, r, s))
+        e, f, g, h = (x[:, early] for x in (p, q, r, s))
+        made = a * e + b * g, a * f + b * h, c * e + d * g, c * f + d * h
+        size = made[2] + made[3]  # only ratios count; this keeps them within range
+        p, q, r, s = (
+            torch.cat((x[:, :shift], y / size), 1)
+            for x, y in zip((p, q, r, s), made, strict=True)
+        )
+        shift *= 2
+    later = (p * first + q) / (r * first + s)
+    return torch.cat((first.expand_as(onward[:, :1]), later), 1)

@@ -1,0 +1,110 @@
+"""Which baseline, and how long a context, forecasts long records best.
+
+B series, T rows, C channels.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations
+
+import torch
+
+
+from skode._nn.baseline import Baseline
+from skode._nn.latent import chosen
+from skode._series.batch import Batch
+
+__all__ = ["Window", "choose"]
+
+_CONTEXTS = (0.5, 0.25, 0.125)
+"""Shares of the record that a context may span."""
+_ORIGINS = 6
+_BETTER = 0.97
+"""A baseline with more terms must bring the squared error below that share."""
+_MOST_ROWS = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What was chosen."""
+
+    baseline: Baseline
+    context: float
+    """Time that a context spans."""
+
+
+def choose(
+    series: Batch,
+    horizon: float,
+    contexts: Sequence[float],
+    trends: Sequence[str],
+    seasons: Iterable[tuple[float, ...]],
+) -> Window:
+    """Return the window of least squared error over forecasts within the record.
+
+    Parameters
+    ----------
+    series : Batch
+        Long records, standardised.
+    horizon : float
+        How far forecasts reach.
+    contexts : sequence of float
+        Spans to choose from, the one to prefer first.
+    trends, seasons : sequence
+        Of what baselines may be made, simpler ones first.
+    """
+    batch = sparse(series)
+    best, least = None, float("inf")
+    for context in contexts:
+        for periods in seasons:
+            for trend in trends:
+                window = Window(Baseline(trend, periods), context)
+                error = _error(batch, window, horizon)
+                if best is None or error < _BETTER * least:
+                    best, least = window, error
+    assert best is not None, "there is something to choose from"
+    return best
+
+
+def spans(record: float) -> list[float]:
+    """Return the spans that contexts may have in so long a record."""
+    return [share * record for share in _CONTEXTS]
+
+
+def subsets(periods: Sequence[float]) -> list[tuple[float, ...]]:
+    """Return all choices of some of the periods, smaller ones first."""
+    sizes = range(len(periods) + 1)
+    return list(chain.from_iterable(combinations(periods, n) for n in sizes))
+
+
+def sparse(series: Batch) -> Batch:
+    """Return the batch with some thousand rows at most, evenly chosen."""
+    rows = series.times.shape[1]
+    if rows <= _MOST_ROWS:
+        return series
+    index = torch.linspace(0, rows - 1, _MOST_ROWS, device=series.times.device)
+    return chosen(series, index.long().expand(len(series.times), -1))
+
+
+def _error(batch: Batch, window: Window, horizon: float) -> float:
+    """Return the mean squared error over some origins, the same for all windows."""
+    begin, end = batch.times[:, :1], batch.times[:, -1:]
+    total, count = 0.0, 0.0
+    for origin in range(1, _ORIGINS + 1):
+        # The first origin has half of the record behind it where the horizon allows.
+        earliest = torch.minimum((begin + end) / 2, (end - horizon + begin) / 2)
+        now = earliest + (end - horizon - earliest) * origin / _ORIGINS
+        known = (batch.times <= now) & (batch.times > now - window.context)
+        asked = (batch.times > now) & (batch.times <= now + horizon) & batch.present
+        seen = batch.mask & known[:, :, None]
+        wanted = batch.mask & asked[:, :, None]
+        # What no context has seen, no baseline is blamed for.
+        wanted = wanted & seen.any(dim=1, keepdim=True)
+        base = torch.zeros_like(batch.values)
+        if not window.baseline.empty:
+            times = batch.times - now
+            found = window.baseline.fit(times, batch.values, seen)
+            base = window.baseline.at(times, found)
+        total += float(((batch.values - base).square() * wanted).sum())
+        count += float(wanted.sum())
+    return total / max(count, 1.0)

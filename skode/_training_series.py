@@ -1,0 +1,172 @@
+"""The series that a forecaster learns from, and those that it is watched on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+
+import numpy as np
+import pandas as pd
+import torch
+
+from skode._nn.backtest import Window, choose, spans, subsets
+from skode._nn.baseline import Baseline
+from skode._nn.latent_training import Cutter, Piece, ahead, halves
+from skode._parameters import hold_out, holds_out
+from skode._series.batch import Batch
+from skode._series.history import History
+from skode._units import Units, measure
+
+__all__ = ["Panel", "Windows", "pieces_of", "windows_of"]
+
+_FEW_SERIES = 20
+"""Fewer than these are cut into windows."""
+_LEAST_WATCHED = 50
+"""Series from which on some are held out."""
+_LEAST_ROWS = 60
+"""Rows of a long record from which on its end is held out."""
+_HORIZON = 0.25
+"""Share of a long record that forecasts reach, where the user does not say."""
+_MOST_ROWS = 192
+"""Rows of a training piece."""
+_DAY = 86400.0
+_CALENDAR = (_DAY, 7 * _DAY, 365.2425 * _DAY)
+_TURNS = 2
+"""How often a season must come round in a record to be looked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """What one forecast of a long record looks at; times in the user's units."""
+
+    context: float | None
+    """Span of what a forecast is conditioned on; None: all there is."""
+    horizon: float | None
+    """How far training pieces reach beyond; None: to the end of the series."""
+    trend: str
+    periods: tuple[float, ...]
+
+    def baseline(self, unit: float) -> Baseline:
+        """Return trend and seasons in units of time."""
+        return Baseline(self.trend, tuple(period / unit for period in self.periods))
+
+
+def seconds(value: object, clock_is_seconds: bool, name: str) -> float | None:
+    """Return a span of time as a float in the units of X's times.
+
+    Raises
+    ------
+    ValueError
+        If it is no span of time above 0, or a number where X has stamps.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Real) and not isinstance(value, bool):
+        span = float(value)
+        if clock_is_seconds:
+            raise ValueError(
+                f"{name}={value!r} is a number, but X has stamps or time differences: "
+                "give a span such as '7D' or pd.Timedelta(days=7)."
+            )
+    else:
+        if not clock_is_seconds:
+            raise ValueError(
+                f"{name}={value!r} must be a number, in the units of X's times."
+            )
+        try:
+            span = pd.Timedelta(value).total_seconds()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}={value!r} is no span of time: {error}") from error
+    if not 0 < span < float("inf"):
+        raise ValueError(f"{name} must be a span above 0, got {value!r}.")
+    return span
+
+
+def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
+    """Return how records are cut, from the parameters and from what forecasts them."""
+    context = seconds(est.context, in_seconds, "context")
+    horizon = seconds(est.horizon, in_seconds, "horizon")
+    given = () if est.seasonality in ("auto", None) else est.seasonality
+    given = tuple(seconds(period, in_seconds, "seasonality") for period in given)
+    few = len(histories) < _FEW_SERIES
+    trends = ("none",)
+    if est.trend is not None:
+        trends = (est.trend,)
+        if est.trend == "auto":
+            trends = ("none", "level", "linear") if few else ("none",)
+    record = float(np.median([h.times[-1] - h.times[0] for h in histories]))
+    if not record > 0:
+        return Windows(context, horizon, trends[0], given)
+    seasons = [given]
+    if est.seasonality == "auto":
+        seasons = subsets(_calendar(histories, record) if few and in_seconds else ())
+    if not few and context is None and len(trends) * len(seasons) == 1:
+        return Windows(None, horizon, trends[0], seasons[0])
+    contexts = [context] if context else spans(record)
+    reach = horizon or min(_HORIZON * record, max(contexts))
+    if len(contexts) * len(trends) * len(seasons) == 1:
+        return Windows(contexts[0], reach, trends[0], seasons[0])
+    units = measure(histories, True, record)
+    batch = units.batch(histories, torch.device("cpu"), torch.float64)
+    found = choose(
+        batch,
+        reach / record,
+        [span / record for span in contexts],
+        trends,
+        [tuple(period / record for period in some) for some in seasons],
+    )
+    periods = tuple(period * record for period in found.baseline.periods)
+    return Windows(found.context * record, reach, found.baseline.trend, periods)
+
+
+def _calendar(histories: Sequence[History], record: float) -> list[float]:
+    """Return the day, week and year where the record could show them."""
+    gaps = [np.diff(h.times) for h in histories if len(h) > 1]
+    typical = float(np.median(np.concatenate(gaps)))
+    return [p for p in _CALENDAR if 3 * typical < p < record / _TURNS]
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Training series, and pieces of what was held out."""
+
+    training: Batch
+    watched: list[Piece]
+    cutter: Cutter
+    windowed: bool
+
+
+def pieces_of(
+    est,
+    histories: Sequence[History],
+    units: Units,
+    windows: Windows,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Panel:
+    """Return what to train on.
+
+    Of many series some are held out; of few long ones, their ends.
+    """
+    windowed = windows.context is not None
+    window = float("inf")
+    if windowed:
+        window = (windows.context + windows.horizon) / units.time
+    watched: list[Piece] = []
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    if len(histories) >= _FEW_SERIES:
+        kept = list(range(len(histories)))
+        if holds_out(est.early_stopping, len(histories), _LEAST_WATCHED):
+            kept, held = hold_out(est, len(histories), seed, what="series")
+            batch = units.batch([histories[i] for i in held], device, dtype)
+            watched = halves(batch, window)
+        training = units.batch([histories[i] for i in kept], device, dtype)
+    else:
+        training = units.batch(histories, device, dtype)
+        if holds_out(est.early_stopping, max(map(len, histories)), _LEAST_ROWS):
+            whole = training
+            training, watched = ahead(
+                whole, est.validation_fraction, windows.context / units.time
+            ) if windowed else ahead(whole, est.validation_fraction, float("inf"))
+    cutter = Cutter(training, window, _MOST_ROWS, generator)
+    return Panel(training, watched, cutter, windowed)
