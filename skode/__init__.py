@@ -3,6 +3,7 @@
 from skode.density import CNFDensityEstimator
 from skode.display import DensityDisplay, FlowDisplay
 from skode.exceptions import DivergenceError, SolverError, SolverWarning
+from skode.forecast import LatentODEForecaster
 from skode.odeint import odeint, odeint_adjoint
 from skode.supervised import ODEClassifier, ODERegressor
 
@@ -11,6 +12,7 @@ __all__ = [
     "DensityDisplay",
     "DivergenceError",
     "FlowDisplay",
+    "LatentODEForecaster",
     "ODEClassifier",
     "ODERegressor",
     "SolverError",

@@ -90,9 +90,7 @@ def record(est, history):
     est.best_validation_score_ = history.best_score
 
 
-def training(
-    est, n_rows, smallest_batch, alpha=None, averaging=0.0, plateau_from=0
-):
+def training(est, n_rows, smallest_batch, alpha=None, averaging=0.0, plateau_from=0):
     """Return how to train on so many rows; `alpha` None: the parameter."""
     batch_size = est.batch_size
     if batch_size == "auto":

@@ -1,14 +1,14 @@
 """The series that a forecaster learns from, and those that it is watched on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
 import pandas as pd
 import torch
 
-from skode._nn.backtest import Window, choose, spans, subsets
+from skode._nn.backtest import choose, spans, subsets
 from skode._nn.baseline import Baseline
 from skode._nn.latent_training import Cutter, Piece, ahead, halves
 from skode._parameters import hold_out, holds_out
@@ -163,10 +163,15 @@ def pieces_of(
         training = units.batch([histories[i] for i in kept], device, dtype)
     else:
         training = units.batch(histories, device, dtype)
-        if holds_out(est.early_stopping, max(map(len, histories)), _LEAST_ROWS):
-            whole = training
+        if windowed and holds_out(
+            est.early_stopping, max(map(len, histories)), _LEAST_ROWS
+        ):
+            record = float(training.times.max())
             training, watched = ahead(
-                whole, est.validation_fraction, windows.context / units.time
-            ) if windowed else ahead(whole, est.validation_fraction, float("inf"))
+                training,
+                min(windows.horizon / units.time, _HORIZON * record),
+                est.validation_fraction,
+                windows.context / units.time,
+            )
     cutter = Cutter(training, window, _MOST_ROWS, generator)
     return Panel(training, watched, cutter, windowed)

@@ -43,9 +43,7 @@ class Units:
         values = torch.where(raw.mask, (raw.values - mean) / std, 0.0)
         covariates = raw.covariates - torch.tensor(self.covariate_mean)
         covariates = covariates / torch.tensor(self.covariate_std)
-        scaled = Batch(
-            raw.times / self.time, values, raw.mask, raw.present, covariates
-        )
+        scaled = Batch(raw.times / self.time, values, raw.mask, raw.present, covariates)
         return scaled.to(device, dtype)
 
     def values(self, standard: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ from skode._conditioning import questions_of
 from skode._nn.fields import ACTIVATIONS
 from skode._nn.latent import READERS, LatentODE, Shape
 from skode._nn.latent_training import BOUNDS, LatentObjective, Plan, evaluate
-from skode._nn.predictive import Mixture
 from skode._parameters import (
     SHARED,
     check_same_shape,
@@ -53,6 +52,7 @@ _GROWN = 0.5
 """Share of a fit before which no plateau is looked for: until then, pieces grow."""
 _VALIDATION_PATHS = 16
 _SCORED_PATHS = 64
+_DAY = 86400.0
 _AT_ONCE = 400_000
 """Rows times paths that are in memory together."""
 
@@ -225,7 +225,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     def predict(self, X, *, return_std=False, history=None):
         """Forecast the mean."""
         self._ready()
-        mean, std = self._forecast(X, history, lambda found: (found.mean(), found.std()))
+        mean, std = self._forecast(
+            X, history, lambda found: (found.mean(), found.std())
+        )
         mean = self.layout_.give(X, self.units_.values(mean))
         if not return_std:
             return mean
@@ -264,7 +266,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return self.layout_.give_paths(X, self.units_.values(np.moveaxis(paths, 1, 0)))
 
     def intensity(self, X, *, history=None):
-        """Return how many observations are expected per unit of time."""
+        """Return how many observations are expected per day, or unit of numeric times."""
         self._ready()
         if self.module_.shape.events is False:
             raise ValueError(
@@ -278,7 +280,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             return self.module_.intensity(context, asked, noise, how)
 
         rates = self._in_rows(table, self._answers(table.queries(), questions, answer))
-        return self.layout_.give_one(X, rates / self.units_.time, "intensity")
+        per = _DAY if self.layout_.seconds else 1.0
+        rates = rates * (per / self.units_.time)
+        return self.layout_.give_one(X, rates, "intensity")
 
     def score_samples(self, X, y=None, *, history=None):
         """Return the log-density of each row's observation given what came before."""

@@ -29,7 +29,10 @@ _FRONT = {
     "_marginals",
     "_parameters",
     "_training",
+    "_training_series",
     "_training_table",
+    "_conditioning",
+    "_units",
     "_series",
     "exceptions",
 }
@@ -54,13 +57,19 @@ MAY_IMPORT = {
     "_series": {"exceptions"},
     "_parameters": {"_border", "_nn", "_training"},
     "_training": {"exceptions"},
+    "_training_series": {"_nn", "_parameters", "_series", "_units"},
     "_training_table": {"_border", "_nn", "_parameters"},
+    "_conditioning": {"_series"},
+    "_units": {"_border", "_series"},
     "_nn": {"_engine", "exceptions"},
     "_engine": {"exceptions"},
     "exceptions": set(),
 }
 # One module may do what its room may not.
-MAY_ALSO_IMPORT = {"skode._nn.latent": {"_series"}}
+MAY_ALSO_IMPORT = {
+    f"skode._nn.{name}": {"_series"}
+    for name in ("latent", "latent_training", "recognition", "backtest")
+}
 
 # Inside a package, from the top floor down. What stands on one floor does not know its
 # neighbours. A module that is not named may stand anywhere, as long as no chain of
@@ -86,9 +95,10 @@ FLOORS = {
         {"layout"},
     ],
     "_nn": [
-        {"flow_training"},
+        {"flow_training", "latent_training", "backtest"},
         {"ode_net", "flow", "latent"},
-        {"flow_field"},
+        {"flow_field", "recognition", "baseline"},
+        {"residual"},
         {"divergence", "fields", "integration"},
     ],
 }

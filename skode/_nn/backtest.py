@@ -9,7 +9,6 @@ from itertools import chain, combinations
 
 import torch
 
-
 from skode._nn.baseline import Baseline
 from skode._nn.latent import chosen
 from skode._series.batch import Batch

@@ -281,9 +281,7 @@ def interleaved(context: Batch, queries: Batch) -> tuple[Batch, Tensor]:
     nothing = torch.zeros_like(queries.times)[:, :, None]
     n_channels = context.values.shape[2]
     values = torch.cat((context.values, nothing.expand(-1, -1, n_channels)), dim=1)
-    mask = torch.cat(
-        (context.mask, nothing.expand(-1, -1, n_channels).bool()), dim=1
-    )
+    mask = torch.cat((context.mask, nothing.expand(-1, -1, n_channels).bool()), dim=1)
     covariates = torch.cat((context.covariates, queries.covariates), dim=1)
     present = torch.cat((context.present, queries.present), dim=1)
     order = times.argsort(dim=1, stable=True)

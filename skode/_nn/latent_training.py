@@ -70,7 +70,9 @@ class Cutter:
         count = present.sum(dim=1)
         start = self._start(times, count, reach)
         end = torch.searchsorted(
-            times.contiguous(), times.gather(1, start[:, None]) + self.window, right=True
+            times.contiguous(),
+            times.gather(1, start[:, None]) + self.window,
+            right=True,
         )[:, 0].minimum(count)
         longest = (reach * (end - start)).ceil().long().clamp_min(2)
         rows = longest.minimum(end - start)
@@ -106,9 +108,7 @@ class Cutter:
         ):
             before = thinned(known, self.most_rows * 2 // 3, self.generator).flip(0)
             after = thinned(total - known, self.most_rows // 3, self.generator)
-            chosen_rows.append(
-                begin + torch.cat((known - 1 - before, known + after))
-            )
+            chosen_rows.append(begin + torch.cat((known - 1 - before, known + after)))
             contexts.append(len(before))
         longest = max(map(len, chosen_rows))
         index = torch.stack(
@@ -303,9 +303,7 @@ def _with_nodes(times: Tensor) -> Tensor:
     return torch.cat((between, times[:, -1:]), dim=1)
 
 
-def _log_likelihood_of_times(
-    model: LatentODE, states: Tensor, batch: Batch
-) -> Tensor:
+def _log_likelihood_of_times(model: LatentODE, states: Tensor, batch: Batch) -> Tensor:
     """Return the Poisson process's log-likelihood (Chen et al. 2018, section 5.1).
 
     Of each row, given that the row before is one: log rate at the row, less the rate's
@@ -336,20 +334,34 @@ def halves(series: Batch, window: float) -> list[Piece]:
     return [_piece(series, which, index, end, context) for context in contexts]
 
 
-def ahead(series: Batch, share: float, context: float) -> tuple[Batch, list[Piece]]:
-    """Return the series without their last rows, and these as a piece to forecast."""
+def ahead(
+    series: Batch, horizon: float, share: float, context: float
+) -> tuple[Batch, list[Piece]]:
+    """Return the series without their ends, and these as pieces to forecast.
+
+    Parameters
+    ----------
+    series : Batch of (N, T)
+        Long records.
+    horizon : float
+        Time that an end spans.
+    share : float
+        Share of the rows that an end has at least.
+    context : float
+        Time before an end from which it is forecast.
+    """
     count = series.present.sum(dim=1)
-    kept = ((1 - share) * count).ceil().long()
-    step = torch.arange(series.times.shape[1], device=count.device)
-    place = kept[:, None].minimum((count - 1)[:, None])
-    now = series.times.gather(1, place)
-    begin = torch.searchsorted(series.times.contiguous(), now - context)[:, 0]
-    begin = begin.minimum((kept - 1).clamp_min(0))
+    times = series.times.contiguous()
+    end = times.gather(1, (count - 1)[:, None])
+    kept = torch.searchsorted(times, end - horizon, right=True)[:, 0]
+    kept = kept.minimum(((1 - share) * count).long()).clamp_min(1)
+    now = times.gather(1, (kept - 1)[:, None])
+    begin = torch.searchsorted(times, now - context)[:, 0]
     rows = count - begin
+    step = torch.arange(times.shape[1], device=count.device)
     index = begin[:, None] + step.minimum((rows - 1)[:, None])
     which = torch.arange(len(count), device=count.device)
-    piece = _piece(series, which, index, rows, kept - begin)
-    return first(series, kept), [piece]
+    return first(series, kept), [_piece(series, which, index, rows, kept - begin)]
 
 
 def evaluate(

@@ -80,21 +80,8 @@ class Residual(nn.Module):
 
     def filter(self, times: Tensor, mask: Tensor, residual: Tensor) -> Filtered:
         """Go forwards in time over what was observed."""
-        share, white = self.persisting(), self.white()
-        decay = self._decay(times)
-        fresh = share * (1 - decay**2)
-        variance = _variances(decay**2, fresh, share, white, mask)
-        gain = variance / (variance + white) * mask
-        # m[i + 1] = phi[i + 1] (m[i] + gain[i] (r[i] - m[i]))
-        onward = F.pad(decay[:, 1:] * (1 - gain[:, :-1]), (0, 0, 1, 0))[:, None]
-        brought = decay[:, None, 1:] * gain[:, None, :-1] * residual[:, :, :-1]
-        mean = scan(onward, F.pad(brought, (0, 0, 1, 0)))
-        return Filtered(
-            mean,
-            variance,
-            mean + gain[:, None] * (residual - mean),
-            variance * (1 - gain),
-            decay,
+        return ou_filter(
+            self._decay(times), mask, residual, self.persisting(), self.white()
         )
 
     def _decay(self, times: Tensor) -> Tensor:
@@ -127,8 +114,38 @@ class Residual(nn.Module):
             return torch.zeros_like(noise)
         share, decay = self.persisting(), self._decay(times)[:, None]
         spread = (share * (1 - decay**2)).sqrt()
-        spread = torch.cat((share.sqrt().expand_as(spread[:, :, :1]), spread[:, :, 1:]), 2)
+        spread = torch.cat(
+            (share.sqrt().expand_as(spread[:, :, :1]), spread[:, :, 1:]), 2
+        )
         return scan(decay, spread * noise)
+
+
+def ou_filter(
+    decay: Tensor, mask: Tensor, residual: Tensor, variance: Tensor, white: Tensor
+) -> Filtered:
+    """Go forwards in time over what was observed.
+
+    Parameters
+    ----------
+    decay : Tensor of shape (B, T, C) or (B, T, 1)
+        u's correlation with the row before.
+    mask : Tensor of shape (B, T, C)
+        What was observed.
+    residual : Tensor of shape (B, K, T, C)
+        u and white noise.
+    variance, white : Tensor of shape (C,)
+        Their variances.
+    """
+    decay = decay.expand(mask.shape)
+    fresh = variance * (1 - decay**2)
+    ahead = _variances(decay**2, fresh, variance, white, mask)
+    gain = ahead / (ahead + white) * mask
+    # m[i + 1] = phi[i + 1] (m[i] + gain[i] (r[i] - m[i]))
+    onward = F.pad(decay[:, 1:] * (1 - gain[:, :-1]), (0, 0, 1, 0))[:, None]
+    brought = decay[:, None, 1:] * gain[:, None, :-1] * residual[:, :, :-1]
+    mean = scan(onward, F.pad(brought, (0, 0, 1, 0)))
+    updated = mean + gain[:, None] * (residual - mean)
+    return Filtered(mean, ahead, updated, ahead * (1 - gain), decay)
 
 
 def scan(a: Tensor, b: Tensor) -> Tensor:
@@ -140,7 +157,9 @@ def scan(a: Tensor, b: Tensor) -> Tensor:
     shift = 1
     while shift < b.shape[2]:
         late, early = slice(shift, None), slice(None, -shift)
-        b = torch.cat((b[:, :, :shift], a[:, :, late] * b[:, :, early] + b[:, :, late]), 2)
+        b = torch.cat(
+            (b[:, :, :shift], a[:, :, late] * b[:, :, early] + b[:, :, late]), 2
+        )
         a = torch.cat((a[:, :, :shift], a[:, :, late] * a[:, :, early]), 2)
         shift *= 2
     return b
