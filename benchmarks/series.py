@@ -3,6 +3,7 @@
     python benchmarks/series.py --cache series.jsonl
     python benchmarks/series.py --tasks spirals-30 pbc --methods gp skode --splits 3
     python benchmarks/series.py --race --tasks spirals-30
+    python benchmarks/series.py --check
 
 Tasks stand in `series_data.py`, methods in `series_peers.py`. torchdiffeq comes with
 skode; statsmodels is in requirements.txt; the Brusselator and the patients need their
@@ -44,7 +45,7 @@ import pandas as pd
 import torch
 from series_data import DATA, FILES, TASKS, make_task
 from series_peers import EVEN, METHODS, PUBLISHED, fit_skode
-from series_view import LEVELS, as_view
+from series_view import LEVELS, as_view, check
 from threadpoolctl import threadpool_limits
 
 KEYS = ("task", "split", "method", "seed", "budget")
@@ -313,6 +314,7 @@ def parse():
     add("--cache", type=Path, metavar="FILE", help="keep results; run what it lacks")
     add("--again", action="store_true", help="run also what FILE has")
     add("--race", action="store_true", help="time to the published model's RMSE")
+    add("--check", action="store_true", help="test the forecasts' densities, and end")
     args = parser.parse_args()
     args.splits = range(args.splits)
     return args
@@ -321,6 +323,9 @@ def parse():
 def main():
     """Run the benchmark and print its report."""
     args = parse()
+    if args.check:
+        check()
+        return
     torch.set_num_threads(1)
     threadpool_limits(1)
     left_out = absent(args)

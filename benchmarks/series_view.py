@@ -35,6 +35,12 @@ class Series:
         return Series(self.t[rows], self.x[rows])
 
 
+def last_seen(series, channel, count=1):
+    """Return times and values of the last observations of a channel."""
+    seen = np.flatnonzero(~np.isnan(series.x[:, channel]))[-count:]
+    return series.t[seen], series.x[seen, channel]
+
+
 # --- Forecasts -----------------------------------------------------------------------
 
 
@@ -113,6 +119,32 @@ def by_quantiles(mean, levels, values, narrow=0.02):
     k = np.clip(np.searchsorted(z, asked) - 1, 0, len(z) - 2)  # (Q,)
     quantiles = values[..., k] + slopes[..., k] * (asked - z[k])
     return Forecast(mean, quantiles, log_density)
+
+
+def check():
+    """Raise unless forecasts of the same normals agree, and a density has mass one."""
+    rng = np.random.default_rng(0)
+    mean, std = rng.normal(size=(2, 50, 2))
+    std = np.exp(std)
+    y = mean + 3 * std * rng.normal(size=mean.shape)
+    plain = gaussian(mean, std)
+    few = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+    cuts = mean[..., None] + std[..., None] * norm.ppf(few)
+    twins = {
+        "quantiles": (by_quantiles(mean, few, cuts), 1e-9),
+        "mixture": (mixture(np.stack([mean] * 400), np.stack([std] * 400)), 0.2),
+    }
+    for name, (twin, loose) in twins.items():
+        off = np.abs(twin.log_density(y) - plain.log_density(y)).max()
+        assert off < 1e-9, (name, off)
+        off = np.abs((twin.quantiles - plain.quantiles) / std[..., None]).max()
+        assert off < loose, (name, off)
+    grid = np.linspace(-40, 40, 800_001)
+    cuts = np.broadcast_to([-1.0, -0.9, 0.0, 2.0, 2.0], (len(grid), 1, 5))
+    skewed = by_quantiles(np.zeros((len(grid), 1)), few, cuts)
+    mass = np.exp(skewed.log_density(grid[:, None])).sum() * (grid[1] - grid[0])
+    assert abs(mass - 1) < 1e-2, mass
+    print(f"forecasts agree; mass of a density read from quantiles: {mass:.5f}")
 
 
 # --- Tasks as arrays -----------------------------------------------------------------
