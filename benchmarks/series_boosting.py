@@ -14,6 +14,8 @@ LAGS = 8
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ROWS = 60_000
 """Most rows that boosting learns from."""
+FEWEST = 500
+"""Rows that must have a feature at all, else it is left out."""
 
 
 def summary(series, channels):
@@ -68,7 +70,8 @@ def fit_boosting(view, budget, seed):
     """
     started = time.process_time()
     rng = np.random.default_rng(seed)
-    pairs = list(view.examples(rng, 8000))
+    # More pasts of the same few patients would only make leaves of one patient each.
+    pairs = list(view.examples(rng, 8000 if view.alone else 10 * len(view.train)))
     each = max(ROWS // len(pairs), 4)
     held = rng.random(len(view.train) if not view.alone else 500) < 0.1
     inputs, targets, lasts, kept_out = [], [], [], []
@@ -83,6 +86,9 @@ def fit_boosting(view, budget, seed):
         kept_out.append(np.full(len(rows), held[group]))
     X, y, last = np.concatenate(inputs), np.concatenate(targets), np.concatenate(lasts)
     checks = np.concatenate(kept_out)
+    # Lags that hardly any past has: trees cannot bin a column of nothing but NaN.
+    common = np.isfinite(X).sum(axis=0) > FEWEST
+    X = X[:, common]
 
     def learn(channel, change, limit, **params):
         target = y[:, channel] - change * last[:, channel]
@@ -126,7 +132,7 @@ def fit_boosting(view, budget, seed):
     def predict():
         pairs = list(zip(view.recent(), view.asked, strict=True))
         made = [features(known, times, view) for known, times in pairs]
-        table = view.gather([columns for columns, _ in made])
+        table = view.gather([columns[:, common] for columns, _ in made])
         ahead = view.gather([(times > known.t[-1])[:, None] for known, times in pairs])
         shape = (len(table), view.channels)
         last = view.gather(
