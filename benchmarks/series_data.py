@@ -158,7 +158,8 @@ def least_rmse(task, span=100, noise=0.3):
     pairs = task.history.groupby("series"), task.future.groupby("series")
     square = []
     for (_, past), (_, future) in zip(*pairs, strict=True):
-        at = np.rint(past.index.get_level_values("time") / grid[1]).astype(int)
+        times = past.index.get_level_values("time").to_numpy()
+        at = np.rint(times / grid[1]).astype(int)
         known = curves[:, starts[:, None] + at]  # (2, starts, n, 2)
         fit = -((past.to_numpy() - known) ** 2).sum(axis=(2, 3)) / (2 * noise**2)
         weight = np.exp(fit - fit.max())
