@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["Packing", "last_state"]
 
+_STRETCH = 1024
+"""Rows whose gates and cotangents stay in a core's cache while they are worked on."""
 _REAL = (torch.float32, torch.float64)
 
 
@@ -57,6 +59,16 @@ class Packing:
             before=(start[:-1, None] + series)[there],
             last=last,
         )
+
+    def stretches(self) -> list[tuple[slice, tuple[int, ...]]]:
+        """Return places of about `_STRETCH` packed rows, and the sizes therein."""
+        found, begin, first, end = [], 0, 0, 0
+        for i, size in enumerate(self.sizes):
+            end += size
+            if end - begin >= _STRETCH or i == len(self.sizes) - 1:
+                found.append((slice(begin, end), self.sizes[first : i + 1]))
+                begin, first = end, i + 1
+        return found
 
 
 def last_state(gru: nn.GRU, inputs: Tensor, length: Tensor) -> Tensor:
@@ -118,85 +130,85 @@ class _Packed(torch.autograd.Function):
         bias_x: Tensor,
         bias_h: Tensor,
     ) -> Tensor:
-        width, sizes = weight_h.shape[1], packing.sizes
-        blocks, across = _blocks(weight_x, 0), weight_h.t()
-        bias = _blocks(bias_x, 0)
-        bias[: 3 * width] += bias_h
-        gates = torch.addmm(bias, x, blocks.t())  # (N, 4 W)
-        n_series = len(packing.order)
+        width, n_series = weight_h.shape[1], len(packing.order)
+        blocks = _blocks(torch.cat((weight_x, bias_x[:, None]), dim=1))
+        blocks[: 3 * width, -1] += bias_h
+        across = weight_h.t().contiguous()  # a third quicker than a view of it
+        x = torch.cat((x, torch.ones_like(x[:, :1])), dim=1)
+        gates = x.new_empty(len(x), 4 * width)
         states = x.new_empty(n_series + len(x), width)
-        first, *after = states.split((n_series, *sizes))
-        first.zero_()
-        h = first
-        for size, products, both, r, z, m, n, new in zip(
-            sizes,
-            gates[:, : 3 * width].split(sizes),
-            gates[:, : 2 * width].split(sizes),
-            *(gate.split(sizes) for gate in gates.chunk(4, dim=1)),
-            after,
-            strict=True,
-        ):
-            if len(h) > size:
-                h = h[:size]
-            products.addmm_(h, across)
-            both.sigmoid_()
-            n.addcmul_(r, m).tanh_()
-            torch.lerp(n, h, z, out=new)
-            h = new
+        h = states[:n_series].zero_()
+        for rows, sizes in packing.stretches():
+            stretch = torch.mm(x[rows], blocks.t(), out=gates[rows])
+            for size, products, both, r, z, m, n, new in zip(
+                sizes,
+                stretch[:, : 3 * width].split(sizes),
+                stretch[:, : 2 * width].split(sizes),
+                *(gate.split(sizes) for gate in stretch.chunk(4, dim=1)),
+                states[n_series:][rows].split(sizes),
+                strict=True,
+            ):
+                if len(h) > size:
+                    h = h[:size]
+                products.addmm_(h, across)
+                both.sigmoid_()
+                n.addcmul_(r, m).tanh_()
+                h = torch.lerp(n, h, z, out=new)
         ctx.packing = packing
-        ctx.save_for_backward(x, weight_x, weight_h, gates, states)
+        ctx.save_for_backward(x, blocks, weight_h, gates, states)
         return states.index_select(0, packing.last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_x, weight_h, gates, states = ctx.saved_tensors
+        x, blocks, weight_h, gates, states = ctx.saved_tensors
         packing: Packing = ctx.packing
-        width, sizes = weight_h.shape[1], packing.sizes
-        before = states.index_select(0, packing.before)
-        cotangents = _factors(gates, before)
-        z = gates[:, width : 2 * width]
+        width = weight_h.shape[1]
         u = grad.index_select(0, packing.order)  # of each series' state, row by row back
-        alive = {size: u[:size] for size in set(sizes)}
-        for size, four, products, carried in zip(
-            sizes[::-1],
-            cotangents.view(-1, 4, width).split(sizes)[::-1],
-            cotangents[:, : 3 * width].split(sizes)[::-1],
-            z.split(sizes)[::-1],
-            strict=True,
-        ):
-            u = alive[size]
-            four.mul_(u[:, None])
-            u.mul_(carried).addmm_(products, weight_h)
-        grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_x = cotangents @ _blocks(weight_x, 0)
-        grad_weight_x, grad_bias = cotangents.t() @ x, cotangents.sum(dim=0)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        grad_blocks = blocks.new_zeros(blocks.shape[::-1])
+        grad_across = weight_h.new_zeros(weight_h.shape[::-1])
+        for rows, sizes in reversed(packing.stretches()):
+            before = states.index_select(0, packing.before[rows])
+            cotangents = _factors(gates[rows], before)
+            products = cotangents[:, : 3 * width]
+            for size, four, three, z in zip(
+                sizes[::-1],
+                cotangents.view(-1, 4, width).split(sizes)[::-1],
+                products.split(sizes)[::-1],
+                gates[rows, width : 2 * width].split(sizes)[::-1],
+                strict=True,
+            ):
+                v = u[:size]
+                four.mul_(v[:, None])
+                v.mul_(z).addmm_(three, weight_h)
+            grad_blocks.addmm_(x[rows].t(), cotangents)
+            grad_across.addmm_(before.t(), products)
+            if grad_x is not None:
+                torch.mm(cotangents, blocks, out=grad_x[rows])
+        in_three = torch.cat(
+            (grad_blocks[:, : 2 * width], grad_blocks[:, 3 * width :]), dim=1
+        )
         return (
             None,
-            grad_x,
-            _without_m(grad_weight_x),
-            cotangents[:, : 3 * width].t() @ before,
-            _without_m(grad_bias),
-            grad_bias[: 3 * width],
+            None if grad_x is None else grad_x[:, :-1],
+            in_three[:-1].t(),
+            grad_across.t(),
+            in_three[-1],
+            grad_blocks[-1, : 3 * width],
         )
 
 
-def _blocks(three: Tensor, fill: float) -> Tensor:
-    """Return [r | z | m | n] of [r | z | n], along the first dimension; m is `fill`."""
+def _blocks(three: Tensor) -> Tensor:
+    """Return [r | z | 0 | n] of [r | z | n], along the first dimension."""
     width = len(three) // 3
-    m = torch.full_like(three[:width], fill)
-    return torch.cat((three[: 2 * width], m, three[2 * width :]))
-
-
-def _without_m(four: Tensor) -> Tensor:
-    """Return [r | z | n] of [r | z | m | n], along the first dimension."""
-    width = len(four) // 4
-    return torch.cat((four[: 2 * width], four[3 * width :]))
+    return torch.cat(
+        (three[: 2 * width], torch.zeros_like(three[:width]), three[2 * width :])
+    )
 
 
 def _factors(gates: Tensor, before: Tensor) -> Tensor:
-    """Return what the cotangents of [a_r | a_z | m | a_n] are multiples of u by."""
+    """Return what times u is the cotangent of [a_r | a_z | m | a_n]."""
     r, z, m, n = gates.chunk(4, dim=1)
     factors = torch.empty_like(gates)
     d_r, d_z, d_m, d_n = factors.chunk(4, dim=1)
