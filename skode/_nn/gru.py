@@ -44,19 +44,18 @@ class Packing:
     def of(cls, length: Tensor, n_rows: int) -> "Packing":
         """Pack the first `length` (B,) rows of series that are padded to `n_rows`."""
         ordered, order = length.sort(descending=True, stable=True)
-        series = torch.arange(len(length), device=length.device)
-        row = torch.arange(n_rows, device=length.device)[:, None]
-        there = ordered > row  # (T, B)
+        there = ordered > torch.arange(n_rows, device=length.device)[:, None]  # (T, B)
         size = there.sum(dim=1)
         start = size.new_zeros(n_rows + 1)
         torch.sub(size.cumsum(0) + len(length), size, out=start[1:])
         last = torch.empty_like(order)
-        last[order] = start[ordered] + series
+        last[order] = start[ordered] + torch.arange(len(length), device=length.device)
+        step, place = there.nonzero(as_tuple=True)
         return cls(
             order=order,
             sizes=tuple(n for n in size.tolist() if n),
-            rows=(order * n_rows + row)[there],
-            before=(start[:-1, None] + series)[there],
+            rows=order[place] * n_rows + step,
+            before=start[step] + place,
             last=last,
         )
 
@@ -164,7 +163,8 @@ class _Packed(torch.autograd.Function):
         x, blocks, weight_h, gates, states = ctx.saved_tensors
         packing: Packing = ctx.packing
         width = weight_h.shape[1]
-        u = grad.index_select(0, packing.order)  # of each series' state, row by row back
+        u = grad.index_select(0, packing.order)  # row by row back, in place
+        v = u[:0]
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         grad_blocks = blocks.new_zeros(blocks.shape[::-1])
         grad_across = weight_h.new_zeros(weight_h.shape[::-1])
@@ -179,7 +179,8 @@ class _Packed(torch.autograd.Function):
                 gates[rows, width : 2 * width].split(sizes)[::-1],
                 strict=True,
             ):
-                v = u[:size]
+                if len(v) < size:  # further back, more series have a row
+                    v = u[:size]
                 four.mul_(v[:, None])
                 v.mul_(z).addmm_(three, weight_h)
             grad_blocks.addmm_(x[rows].t(), cotangents)
@@ -212,10 +213,11 @@ def _factors(gates: Tensor, before: Tensor) -> Tensor:
     r, z, m, n = gates.chunk(4, dim=1)
     factors = torch.empty_like(gates)
     d_r, d_z, d_m, d_n = factors.chunk(4, dim=1)
-    sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-    tanh_backward = torch.ops.aten.tanh_backward.grad_input
-    tanh_backward(1 - z, n, grad_input=d_n)
+    both, d_both = (x[:, : 2 * r.shape[1]] for x in (gates, factors))
+    torch.sub(1, z, out=d_n)
+    torch.ops.aten.tanh_backward.grad_input(d_n, n, grad_input=d_n)
     torch.mul(d_n, r, out=d_m)
-    sigmoid_backward(d_n * m, r, grad_input=d_r)
-    sigmoid_backward(before - n, z, grad_input=d_z)
+    torch.mul(d_n, m, out=d_r)
+    torch.sub(before, n, out=d_z)
+    torch.ops.aten.sigmoid_backward.grad_input(d_both, both, grad_input=d_both)
     return factors
