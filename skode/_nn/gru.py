@@ -168,9 +168,13 @@ class _Packed(torch.autograd.Function):
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         grad_blocks = blocks.new_zeros(blocks.shape[::-1])
         grad_across = weight_h.new_zeros(weight_h.shape[::-1])
-        for rows, sizes in reversed(packing.stretches()):
+        stretches = packing.stretches()
+        longest = max((sum(sizes) for _, sizes in stretches), default=0)
+        memory = gates.new_empty(longest, 4 * width)
+        for rows, sizes in reversed(stretches):
             before = states.index_select(0, packing.before[rows])
-            cotangents = _factors(gates[rows], before)
+            cotangents = memory[: len(before)]
+            _factors(gates[rows], before, cotangents)
             products = cotangents[:, : 3 * width]
             for size, four, three, z in zip(
                 sizes[::-1],
@@ -208,16 +212,14 @@ def _blocks(three: Tensor) -> Tensor:
     )
 
 
-def _factors(gates: Tensor, before: Tensor) -> Tensor:
-    """Return what times u is the cotangent of [a_r | a_z | m | a_n]."""
+def _factors(gates: Tensor, before: Tensor, out: Tensor) -> None:
+    """Write what times u is the cotangent of [a_r | a_z | m | a_n] to `out`."""
     r, z, m, n = gates.chunk(4, dim=1)
-    factors = torch.empty_like(gates)
-    d_r, d_z, d_m, d_n = factors.chunk(4, dim=1)
-    both, d_both = (x[:, : 2 * r.shape[1]] for x in (gates, factors))
+    d_r, d_z, d_m, d_n = out.chunk(4, dim=1)
+    both, d_both = (x[:, : 2 * r.shape[1]] for x in (gates, out))
     torch.sub(1, z, out=d_n)
     torch.ops.aten.tanh_backward.grad_input(d_n, n, grad_input=d_n)
     torch.mul(d_n, r, out=d_m)
     torch.mul(d_n, m, out=d_r)
     torch.sub(before, n, out=d_z)
     torch.ops.aten.sigmoid_backward.grad_input(d_both, both, grad_input=d_both)
-    return factors
