@@ -26,6 +26,7 @@ from skode._conditioning import questions_of
 from skode._nn.fields import ACTIVATIONS
 from skode._nn.latent import READERS, LatentODE, Shape
 from skode._nn.latent_training import BOUNDS, LatentObjective, Plan, evaluate
+from skode._nn.predictive import Mixture
 from skode._parameters import (
     SHARED,
     check_same_shape,
@@ -185,6 +186,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         tags.target_tags.required = False
         tags.target_tags.multi_output = True
         tags.input_tags.allow_nan = False
+        # `score` is a log-density, not the R2 that scikit-learn has a threshold for.
+        tags.regressor_tags.poor_score = True
         return tags
 
     @fit_context(prefer_skip_nested_validation=True)
@@ -195,11 +198,12 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         device = resolve_device(self.device)
         dtype = getattr(torch, self.dtype)
         layout, table = learn(X, y, self.time, self.series, owner=type(self).__name__)
-        self._set_layout(layout)
-        self.histories_ = table.histories()
+        known = table.histories()
+        histories = _in_order(known)
         with seeded(self.random_state, device) as generator:
-            self._begin(device, dtype, generator, fresh)
-            histories = _in_order(self.histories_)
+            self._begin(layout, histories, device, dtype, generator, fresh)
+            self._set_layout(layout)
+            self.histories_ = known
             panel = pieces_of(
                 self, histories, self.units_, self.windows_, device, dtype, generator
             )
@@ -262,7 +266,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             paths = self.module_.paths(context, asked, n_paths, generator, how)
             return paths.transpose(1, 2)
 
-        paths = self._in_rows(table, self._answers(table.queries(), questions, answer))
+        found = self._answers(table.queries(), questions, answer, n_paths)
+        paths = self._in_rows(table, found)
         return self.layout_.give_paths(X, self.units_.values(np.moveaxis(paths, 1, 0)))
 
     def intensity(self, X, *, history=None):
@@ -279,7 +284,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         def answer(context, asked):
             return self.module_.intensity(context, asked, noise, how)
 
-        rates = self._in_rows(table, self._answers(table.queries(), questions, answer))
+        found = self._answers(table.queries(), questions, answer, self.n_paths)
+        rates = self._in_rows(table, found)
         per = _DAY if self.layout_.seconds else 1.0
         rates = rates * (per / self.units_.time)
         return self.layout_.give_one(X, rates, "intensity")
@@ -296,8 +302,13 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             for row in range(len(asked)):
                 rows[key, row] = asked.take(slice(row, row + 1))
                 contexts[key, row] = every.before(asked.exact[row].item())
-        density = self._log_densities(rows, contexts, _SCORED_PATHS)
-        by_row = [value.sum(axis=1) for value in density.values()]
+        # Channels are apart given the path alone: a row's density is that of all of it.
+        density = self._log_densities(
+            rows, contexts, _SCORED_PATHS, Mixture.log_density_of_rows
+        )
+        by_row = [
+            value[:, 0] - self._log_units(rows[key]) for key, value in density.items()
+        ]
         where = {key: row for row, key in enumerate(rows)}
         order = [
             where[table.keys[code], position]
@@ -320,30 +331,24 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
                 own, asked = asked.take(slice(first)), asked.take(slice(first, None))
             if len(asked):
                 rows[key], contexts[key] = asked, own
-        density = self._log_densities(rows, contexts, self.n_paths)
+        density = self._log_densities(rows, contexts, self.n_paths, _of_values)
         seen = sum(int((~np.isnan(asked.values)).sum()) for asked in rows.values())
         if not seen:
             raise ValueError(
                 "There is nothing to score: no value was observed after the first "
                 f"score_context={self.score_context} of each series' rows."
             )
-        total = sum(float(value.sum()) for value in density.values())
-        units = sum(
-            float((~np.isnan(asked.values) * np.log(self.units_.std)).sum())
-            for asked in rows.values()
-        )
-        return (total + units) / seen
+        return sum(float(value.sum()) for value in density.values()) / seen
 
     def observe(self, X, y=None):
         """Take note of more observations, without refitting."""
         self._ready()
         table = self.layout_.read_observations(X, y)
+        joined = {}
         for key, history in table.histories().items():
             known = self.histories_.get(key)
-            self.histories_ = {
-                **self.histories_,
-                key: history if known is None else known.join(history),
-            }
+            joined[key] = history if known is None else known.join(history)
+        self.histories_ = {**self.histories_, **joined}
         return self
 
     def _ready(self):
@@ -357,9 +362,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
 
-    def _begin(self, device, dtype, generator, fresh):
+    def _begin(self, layout, histories, device, dtype, generator, fresh):
         """Set the units, the windows and an untrained net, or keep those there are."""
-        layout, histories = self.layout_, _in_order(self.histories_)
         shape = {
             "hidden_layer_sizes": widths_of(self.hidden_layer_sizes),
             "activation": self.activation,
@@ -370,6 +374,12 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             "noise": self.noise,
             "persistence": self.persistence,
             "event_times": self.event_times,
+            "standardize": self.standardize,
+            "context": self.context,
+            "horizon": self.horizon,
+            "trend": self.trend,
+            "seasonality": self.seasonality,
+            "times": layout.clock.kind,
             "channels": layout.channel_names,
             "covariates": list(layout.covariates),
         }
@@ -377,10 +387,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             check_same_shape(self, shape)
             self.module_.to(device, dtype)
             return
-        self._shape = shape
-        self.windows_ = windows_of(self, histories, layout.seconds)
-        span = self.windows_.context
-        self.units_ = measure(histories, self.standardize, span)
+        windows = windows_of(self, histories, layout.seconds)
+        units = measure(histories, self.standardize, windows.context)
+        self._shape, self.windows_, self.units_ = shape, windows, units
         parts = Shape(
             layout.n_channels,
             layout.n_covariates,
@@ -438,7 +447,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     def _noise(self, n_paths):
         """Return standard normal draws (n_paths, D), evenly spread; of all series."""
         like = next(self.module_.parameters())
-        sobol = SobolEngine(self.latent_dim, scramble=True, seed=self._seed)
+        sobol = SobolEngine(self.module_.shape.latent, scramble=True, seed=self._seed)
         uniform = sobol.draw(n_paths, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
         return torch.special.ndtri(uniform).to(like.device, like.dtype)
 
@@ -485,8 +494,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
                 list(summary(self.module_.forecast(context, asked, noise, how))), dim=2
             )
 
-        found = self._in_rows(table, self._answers(queries, questions, answer))
-        return np.moveaxis(found, 1, 0)
+        found = self._answers(queries, questions, answer, self.n_paths)
+        return np.moveaxis(self._in_rows(table, found), 1, 0)
 
     @staticmethod
     def _in_rows(table, by_series):
@@ -495,10 +504,10 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         starts = np.cumsum([0, *map(len, answers)])[:-1]
         return np.concatenate(answers)[starts[table.codes] + table.positions]
 
-    def _log_densities(self, rows, known, n_paths):
-        """Return log-densities of values in the user's units, (n, C) by series.
+    def _log_densities(self, rows, known, n_paths, density):
+        """Return log-densities of standardised values by series, (n, ...).
 
-        0 where nothing was observed.
+        `density` takes predictive distributions, values and what of them is observed.
         """
         questions = self._asking(rows, known)
         noise, how = self._noise(n_paths), integration(self)
@@ -506,21 +515,19 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
 
         def answer(context, asked):
             found = self.module_.forecast(context, asked, noise, how)
-            density = found.log_density(asked.values)
-            return torch.where(asked.mask, density, 0.0)
+            return density(found, asked.values, asked.mask)
 
-        density = self._answers(values, questions, answer, values)
-        seen = {key: ~np.isnan(value) for key, value in values.items()}
-        return {
-            key: value - seen[key] * np.log(self.units_.std)
-            for key, value in density.items()
-        }
+        return self._answers(values, questions, answer, n_paths, values)
 
-    def _answers(self, queries, questions, answer, values=None):
+    def _log_units(self, rows):
+        """Return what values cost in the user's units beyond standard ones, (n,)."""
+        return (~np.isnan(rows.values) * np.log(self.units_.std)).sum(axis=1)
+
+    def _answers(self, queries, questions, answer, n_paths, values=None):
         """Return the answers to questions, put together by series: (n, ...)."""
         like = next(self.module_.parameters())
         found = {}
-        for part in _chunks(questions, self.n_paths):
+        for part in _chunks(questions, n_paths):
             asked = [question.queries for question in part]
             if values is not None:
                 asked = [
@@ -548,13 +555,24 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
 
 
 def _in_order(histories):
-    """Return series in an order that does not depend on the order of the rows."""
-    keys = list(histories)
-    try:
-        keys = sorted(keys)
-    except TypeError:
-        keys = sorted(keys, key=lambda key: (type(key).__name__, repr(key)))
-    return [histories[key] for key in keys]
+    """Return series in an order that their rows decide, not their names.
+
+    The bytes of a big-endian float that is not negative sort as the float does.
+    """
+    return sorted(
+        histories.values(),
+        key=lambda history: (
+            len(history),
+            history.times.astype(">f8").tobytes(),
+            history.values.tobytes(),
+            history.covariates.tobytes(),
+        ),
+    )
+
+
+def _of_values(found, values, mask):
+    """Return log-densities of each value apart, (B, Q, C); 0 where not observed."""
+    return torch.where(mask, found.log_density(values), 0.0)
 
 
 def _levels(quantiles):
