@@ -2,11 +2,12 @@
 
 import warnings
 from dataclasses import replace
+from numbers import Integral
 
 import numpy as np
 import torch
 from sklearn.base import RegressorMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.validation import check_is_fitted
 from torch.quasirandom import SobolEngine
 
@@ -230,7 +231,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """Forecast the mean."""
         self._ready()
         mean, std = self._forecast(
-            X, history, lambda found: (found.mean(), found.std())
+            *self._questions(X, history), lambda found: (found.mean(), found.std())
         )
         mean = self.layout_.give(X, self.units_.values(mean))
         if not return_std:
@@ -241,22 +242,21 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """Forecast quantiles."""
         self._ready()
         levels = _levels(quantiles)
-        found = self._forecast(
-            X, history, lambda found: [found.quantile(level) for level in levels]
-        )
-        values = np.stack([self.units_.values(level) for level in found], axis=-1)
-        return self.layout_.give_quantiles(X, values, levels)
+        return self._quantiles(X, *self._questions(X, history), levels)
 
     def predict_interval(self, X, coverage=0.9, *, history=None):
         """Forecast central intervals."""
+        self._ready()
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie between 0 and 1, got {coverage}.")
         tail = (1 - coverage) / 2
-        return self.predict_quantiles(X, (tail, 1 - tail), history=history)
+        levels = [tail, 1 - tail]
+        return self._quantiles(X, *self._questions(X, history), levels)
 
     def sample_paths(self, X, n_paths=100, *, history=None, random_state=None):
         """Draw possible observations, jointly over the rows of each series."""
         self._ready()
+        check_scalar(n_paths, "n_paths", Integral, min_val=1)
         how = integration(self)
         seed = check_random_state(random_state).randint(2**31 - 1)
         generator = torch.Generator().manual_seed(int(seed))
@@ -306,15 +306,12 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         density = self._log_densities(
             rows, contexts, _SCORED_PATHS, Mixture.log_density_of_rows
         )
-        by_row = [
-            value[:, 0] - self._log_units(rows[key]) for key, value in density.items()
-        ]
-        where = {key: row for row, key in enumerate(rows)}
         order = [
-            where[table.keys[code], position]
+            (table.keys[code], position)
             for code, position in zip(table.codes, table.positions, strict=True)
         ]
-        return self.layout_.give_one(X, np.concatenate(by_row)[order], "log_density")
+        found = [density[at][0, 0] - self._log_units(rows[at])[0] for at in order]
+        return self.layout_.give_one(X, np.array(found), "log_density")
 
     def score(self, X, y=None, *, history=None):
         """Return the mean predictive log-density of an observed value."""
@@ -370,7 +367,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             "latent_dim": self.latent_dim,
             "encoder": self.encoder,
             "encoder_size": self.encoder_size,
-            "decoder_layer_sizes": widths_of(self.decoder_layer_sizes),
+            "decoder_layer_sizes": widths_of(
+                self.decoder_layer_sizes, "decoder_layer_sizes"
+            ),
             "noise": self.noise,
             "persistence": self.persistence,
             "event_times": self.event_times,
@@ -483,9 +482,17 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             queries, known, self.windows_.context, self.layout_.n_channels
         )
 
-    def _forecast(self, X, history, summary):
+    def _quantiles(self, X, table, questions, levels):
+        found = self._forecast(
+            table,
+            questions,
+            lambda found: [found.quantile(level) for level in levels],
+        )
+        values = np.stack([self.units_.values(level) for level in found], axis=-1)
+        return self.layout_.give_quantiles(X, values, levels)
+
+    def _forecast(self, table, questions, summary):
         """Return summaries of each row's predictive distribution, each (n, C)."""
-        table, questions = self._questions(X, history)
         queries = table.queries()
         noise, how = self._noise(self.n_paths), integration(self)
 
