@@ -41,7 +41,7 @@ from skode._series.history import History
 from skode._series.layout import learn
 from skode._training import History as Course
 from skode._training import train
-from skode._training_series import pieces_of, windows_of
+from skode._training_series import learns_a_path, pieces_of, windows_of
 from skode._units import measure
 from skode.exceptions import SolverWarning
 
@@ -71,6 +71,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         "horizon": "no_validation",
         "trend": [choice(("auto", "level", "linear")), None],
         "seasonality": ["array-like", choice(("auto",)), None],
+        "path": ["boolean", choice(("auto",))],
         "latent_dim": [at_least(1)],
         "encoder": [choice(READERS)],
         "encoder_size": [at_least(1)],
@@ -99,6 +100,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         horizon=None,
         trend="auto",
         seasonality="auto",
+        path="auto",
         latent_dim=10,
         encoder="gru",
         encoder_size=64,
@@ -144,6 +146,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         self.horizon = horizon
         self.trend = trend
         self.seasonality = seasonality
+        self.path = path
         self.latent_dim = latent_dim
         self.encoder = encoder
         self.encoder_size = encoder_size
@@ -205,6 +208,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             self._begin(layout, histories, device, dtype, generator, fresh)
             self._set_layout(layout)
             self.histories_ = known
+            self.has_path_ = learns_a_path(self, histories, self.windows_)
+            if not self.has_path_:
+                return self._without_path()
             panel = pieces_of(
                 self, histories, self.units_, self.windows_, device, dtype, generator
             )
@@ -378,6 +384,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             "horizon": self.horizon,
             "trend": self.trend,
             "seasonality": self.seasonality,
+            "path": self.path,
             "times": layout.clock.kind,
             "channels": layout.channel_names,
             "covariates": list(layout.covariates),
@@ -406,6 +413,13 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         with undisturbed(generator):
             self.module_ = LatentODE(parts, baseline).to(device, dtype)
         self._seed = generator.initial_seed() % (2**31 - 1)
+
+    def _without_path(self):
+        """Finish a fit whose forecasts are a regression that each context does."""
+        self.module_.eval().mute()
+        record(self, Course())
+        self.n_iter_ = 1  # the regression's
+        return self
 
     def _training(self, n_pieces):
         how = training(
@@ -444,9 +458,10 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return score
 
     def _noise(self, n_paths):
-        """Return standard normal draws (n_paths, D), evenly spread; of all series."""
+        """Return standard normal draws (n_paths, N), evenly spread; of all series."""
         like = next(self.module_.parameters())
-        sobol = SobolEngine(self.module_.shape.latent, scramble=True, seed=self._seed)
+        width = self.module_.noise_width
+        sobol = SobolEngine(width, scramble=True, seed=self._seed)
         uniform = sobol.draw(n_paths, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
         return torch.special.ndtri(uniform).to(like.device, like.dtype)
 

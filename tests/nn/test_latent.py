@@ -115,7 +115,7 @@ def test_covariates_reach_the_decoder_and_nothing_before(varying):
 @pytest.mark.parametrize("encoder", ["gru", "ode_rnn"])
 def test_a_series_alone_is_forecast_as_among_others(baseline, encoder):
     model, context = latent_ode(baseline, encoder=encoder), ragged_batch((7, 3, 0, 5))
-    queries, noise = some_queries(), normal(5, 3, seed=6)
+    queries, noise = some_queries(), normal(5, model.noise_width, seed=6)
     among = model.forecast(context, queries, noise, EXACTLY)
     rates = model.intensity(context, queries, noise, EXACTLY)
     for row, count in enumerate((7, 3, 0, 5)):
@@ -130,7 +130,7 @@ def test_a_series_alone_is_forecast_as_among_others(baseline, encoder):
 
 def test_more_queries_change_no_other_answer():
     model, context, queries = latent_ode(), ragged_batch(), some_queries()
-    noise = normal(5, 3, seed=6)
+    noise = normal(5, model.noise_width, seed=6)
     every = model.forecast(context, queries, noise, EXACTLY)
     some = model.forecast(
         context, rows_of(queries, slice(None), [1, 4, 6]), noise, EXACTLY
@@ -158,7 +158,7 @@ def permuted(model, order):
 @pytest.mark.parametrize("baseline", [Baseline(), Baseline("linear", (0.5,))])
 def test_channels_in_another_order_are_forecast_in_that_order(baseline):
     model, context, queries = latent_ode(baseline), ragged_batch(), some_queries()
-    order, noise = torch.tensor([1, 0]), normal(5, 3, seed=6)
+    order, noise = torch.tensor([1, 0]), normal(5, model.noise_width, seed=6)
     turned = replace(
         context, values=context.values[..., order], mask=context.mask[..., order]
     )
@@ -247,7 +247,7 @@ def test_paths_have_the_moments_of_the_forecast():
     generator = torch.Generator().manual_seed(0)
     how = replace(EXACTLY, rtol=1e-4, atol=1e-4)
     paths = model.paths(context, queries, 8000, generator, how)
-    forecast = model.forecast(context, queries, normal(8000, 3, seed=7), how)
+    forecast = model.forecast(context, queries, normal(8000, model.noise_width, seed=7), how)
     mean, std = forecast.mean(), forecast.std()
     assert (((paths.mean(dim=1) - mean) / std).abs() < 0.07).all()
     assert ((paths.std(dim=1) / std - 1).abs() < 0.07).all()
@@ -263,7 +263,7 @@ def test_the_baseline_is_taken_off_and_put_back():
     context = Batch(times, line, there, there[..., 0], line[..., :0])
     later = torch.tensor([[-1.0, 0.5, 2.0]]).double()
     found = model.forecast(
-        context, asking(later, covariates=0), normal(2, 3, seed=1), EXACTLY
+        context, asking(later, covariates=0), normal(2, model.noise_width, seed=1), EXACTLY
     )
     wanted = torch.stack((5 + 2 * later, -later), dim=2)
     torch.testing.assert_close(found.mean(), wanted, rtol=0.02, atol=0.02)
@@ -323,9 +323,10 @@ def test_densities_given_the_path_are_those_of_normals():
     emission = model.emit(states, batch.covariates)
     theirs = torch.distributions.Normal(emission.mean, emission.log_scale.exp())
     wanted = theirs.log_prob(batch.values[:, None]) * batch.mask[:, None]
-    torch.testing.assert_close(model.log_density(batch, emission), wanted)
+    nothing = torch.zeros(4, 1, 7, 2).double()
+    torch.testing.assert_close(model.log_density(batch, nothing, emission), wanted)
     persistent = latent_ode()
-    white = persistent.log_density(batch, emission, white=True)
+    white = persistent.log_density(batch, nothing, emission, white=True)
     torch.testing.assert_close(white, wanted)
-    ours = persistent.log_density(batch, emission)
+    ours = persistent.log_density(batch, nothing, emission)
     assert not F.mse_loss(ours, wanted) < 1e-3 and torch.isfinite(ours).all()

@@ -105,14 +105,16 @@ def test_adaptive_steps_have_the_same_gradients(gradient):
 
 def parts_of(model, piece, samples, generator=3):
     """Return posterior, z0 and log p(x | z0) of the draws that `loss_at` makes."""
-    batch, _ = model.split(piece.batch, piece.context)
+    batch = piece.batch
     posterior = model.posterior(batch, piece.context, GRID)
     noise = torch.randn(
         len(batch.times), samples, 3, generator=seed(generator), dtype=torch.float64
     )
     z0 = posterior.draw(noise)
     states = model.states(z0, batch.times, GRID)
-    density = model.log_density(batch, model.emit(states, batch.covariates))
+    nothing = torch.zeros_like(batch.values)[:, None]
+    emission = model.emit(states, batch.covariates)
+    density = model.log_density(batch, nothing, emission)
     return posterior, z0, density.sum(dim=3)
 
 
