@@ -16,7 +16,7 @@ from skode._series.batch import Batch
 from skode._series.history import History
 from skode._units import Units, measure
 
-__all__ = ["Panel", "Windows", "pieces_of", "windows_of"]
+__all__ = ["Panel", "Windows", "learns_a_path", "pieces_of", "windows_of"]
 
 _FEW_SERIES = 20
 """Fewer than these are cut into windows."""
@@ -28,6 +28,8 @@ _HORIZON = 0.25
 """Share of a long record that forecasts reach, where the user does not say."""
 _MOST_ROWS = 192
 """Rows of a training piece."""
+_LEAST_DISJOINT = 8
+"""Pieces that do not overlap, from which on a path is learned beside a baseline."""
 _DAY = 86400.0
 _CALENDAR = (_DAY, 7 * _DAY, 365.2425 * _DAY)
 _TURNS = 2
@@ -44,6 +46,13 @@ class Windows:
     """How far training pieces reach beyond; None: to the end of the series."""
     trend: str
     periods: tuple[float, ...]
+
+    def disjoint(self, histories: Sequence[History]) -> float:
+        """Return into how many pieces the records fall that do not overlap."""
+        if self.context is None or self.horizon is None:
+            return float("inf")
+        spans = sum(float(h.times[-1] - h.times[0]) for h in histories if len(h))
+        return spans / (self.context + self.horizon)
 
     def baseline(self, unit: float) -> Baseline:
         """Return trend and seasons in units of time."""
@@ -81,6 +90,20 @@ def seconds(value: object, clock_is_seconds: bool, name: str) -> float | None:
     return span
 
 
+def learns_a_path(est, histories: Sequence[History], windows: Windows) -> bool:
+    """Return whether a latent path is learned beside trend and seasons.
+
+    From a few pieces, a net learns by heart how each went on, and forecasts worse, with
+    narrower intervals, than trend and seasons alone do.
+    """
+    if est.path != "auto":
+        return est.path
+    needed = est.event_times is not None or any(h.covariates.size for h in histories)
+    alone = windows.trend == "linear" or windows.periods
+    few = windows.disjoint(histories) < _LEAST_DISJOINT
+    return needed or not (alone and few)
+
+
 def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
     """Return how records are cut, from the parameters and from what forecasts them."""
     context = seconds(est.context, in_seconds, "context")
@@ -88,11 +111,12 @@ def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
     given = () if est.seasonality in ("auto", None) else est.seasonality
     given = tuple(seconds(period, in_seconds, "seasonality") for period in given)
     few = len(histories) < _FEW_SERIES
-    trends = ("none",)
+    # Without a path, there is a level at least.
+    trends: tuple[str, ...] = ("none",) if est.path is not False else ("level",)
     if est.trend is not None:
         trends = (est.trend,)
         if est.trend == "auto":
-            trends = ("none", "level", "linear") if few else ("none",)
+            trends = (*trends, "level", "linear") if few else trends
     record = float(np.median([h.times[-1] - h.times[0] for h in histories]))
     if not record > 0:
         return Windows(context, horizon, trends[0], given)

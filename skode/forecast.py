@@ -39,7 +39,7 @@ from skode._series.history import History
 from skode._series.layout import learn
 from skode._training import History as Course
 from skode._training import train
-from skode._training_series import pieces_of, windows_of
+from skode._training_series import learns_a_path, pieces_of, windows_of
 from skode._units import measure
 from skode.exceptions import SolverWarning
 
@@ -346,6 +346,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         "horizon": "no_validation",
         "trend": [choice(("auto", "level", "linear")), None],
         "seasonality": ["array-like", choice(("auto",)), None],
+        "path": ["boolean", choice(("auto",))],
         "latent_dim": [at_least(1)],
         "encoder": [choice(READERS)],
         "encoder_size": [at_least(1)],
@@ -374,6 +375,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         horizon=None,
         trend="auto",
         seasonality="auto",
+        path="auto",
         latent_dim=10,
         encoder="gru",
         encoder_size=64,
@@ -419,6 +421,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         self.horizon = horizon
         self.trend = trend
         self.seasonality = seasonality
+        self.path = path
         self.latent_dim = latent_dim
         self.encoder = encoder
         self.encoder_size = encoder_size
@@ -507,6 +510,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         with seeded(self.random_state, device) as generator:
             self._begin(device, dtype, generator, fresh)
             histories = _in_order(self.histories_)
+            self.has_path_ = learns_a_path(self, histories, self.windows_)
+            if not self.has_path_:
+                return self._without_path()
             panel = pieces_of(
                 self, histories, self.units_, self.windows_, device, dtype, generator
             )
@@ -904,6 +910,13 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             self.module_ = LatentODE(parts, baseline).to(device, dtype)
         self._seed = generator.initial_seed() % (2**31 - 1)
 
+    def _without_path(self):
+        """Finish a fit whose forecasts are a regression that each context does."""
+        self.module_.eval().mute()
+        record(self, Course())
+        self.n_iter_ = 1  # the regression's
+        return self
+
     def _training(self, n_pieces):
         how = training(
             self,
@@ -941,9 +954,10 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return score
 
     def _noise(self, n_paths):
-        """Return standard normal draws (n_paths, D), evenly spread; of all series."""
+        """Return standard normal draws (n_paths, N), evenly spread; of all series."""
         like = next(self.module_.parameters())
-        sobol = SobolEngine(self.latent_dim, scramble=True, seed=self._seed)
+        width = self.module_.noise_width
+        sobol = SobolEngine(width, scramble=True, seed=self._seed)
         uniform = sobol.draw(n_paths, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
         return torch.special.ndtri(uniform).to(like.device, like.dtype)
 

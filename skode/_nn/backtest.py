@@ -103,7 +103,7 @@ def _error(batch: Batch, window: Window, horizon: float) -> float:
         if not window.baseline.empty:
             times = batch.times - now
             found = window.baseline.fit(times, batch.values, seen)
-            base = window.baseline.at(times, found)
+            base = window.baseline.at(times, found.mean)
         total += float(((batch.values - base).square() * wanted).sum())
         count += float(wanted.sum())
     return total / max(count, 1.0)

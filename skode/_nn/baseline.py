@@ -15,9 +15,10 @@ _HARMONICS = 4
 _RIDGE = 1e-3
 """Penalty of slopes and harmonics, in units of one observation's information."""
 _LEVEL_RIDGE = 1e-5
-_SHARE = 0.9
+SHARE = 0.9
 """Share of the errors' variance that persists."""
-_PERSISTENCE = 0.5
+_SMALLEST_SCALE = 1e-4
+PERSISTENCE = 0.25
 """Correlation time of errors, in spans of the context."""
 
 
@@ -41,6 +42,12 @@ class Baseline:
         """Whether there is nothing to fit."""
         return self.trend == "none" and not self.periods
 
+    @property
+    def n_terms(self) -> int:
+        """How many coefficients each channel has."""
+        trend = {"none": 0, "level": 1, "linear": 2}[self.trend]
+        return trend + 2 * _HARMONICS * len(self.periods)
+
     def terms(self, times: Tensor) -> Tensor:
         """Return the regressors (B, T, R) in float64."""
         t = times.double()
@@ -55,43 +62,65 @@ class Baseline:
                 columns += [torch.sin(angle), torch.cos(angle)]
         return torch.stack(columns, dim=2)
 
-    def fit(self, times: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Return the coefficients (B, R, C) of generalised least squares, with a ridge.
+    def fit(self, times: Tensor, values: Tensor, mask: Tensor) -> "Regression":
+        """Return what the rows say of the coefficients.
 
-        Errors are taken to persist for about half of the context: where a record ends
-        above its trend, that says little of where the trend goes. Regressors and values
-        become uncorrelated by the filter of such errors.
+        By generalised least squares: errors are taken to persist for a quarter of the
+        context. That a record ends above its trend then says little of where the trend
+        goes, and a trend is as uncertain as it should be.
         """
         terms = self.terms(times).transpose(1, 2)[:, :, :, None]  # (B, R, T, 1)
-        columns = torch.cat(
-            (
-                terms.expand(-1, -1, -1, values.shape[2]),
-                values.double()[:, None],
-            ),
-            dim=1,
-        )
-        span = _span(times.double(), mask)
+        every = (terms.expand(-1, -1, -1, values.shape[2]), values.double()[:, None])
+        columns = torch.cat(every, dim=1) * mask[:, None]
+        ones = torch.ones_like(values[0, 0], dtype=torch.float64)
+        # Kalman's filter turns such errors into independent ones.
         known = ou_filter(
-            torch.exp(-_gaps(times.double()) / (_PERSISTENCE * span)),
+            torch.exp(-_gaps(times.double()) / (PERSISTENCE * _span(times, mask))),
             mask,
-            columns * mask[:, None],
-            variance=torch.full_like(values[0, 0], _SHARE, dtype=torch.float64),
-            white=torch.full_like(values[0, 0], 1 - _SHARE, dtype=torch.float64),
+            columns,
+            variance=SHARE * ones,
+            white=(1 - SHARE) * ones,
         )
-        spread = (known.variance + (1 - _SHARE)).sqrt()[:, None]
-        white = (columns - known.mean) / spread * mask[:, None]
-        terms, seen = white[:, :-1], white[:, -1:]
-        gram = torch.einsum("brtc,bstc->bcrs", terms, terms)
-        moment = torch.einsum("brtc,bstc->bcr", terms, seen)
+        spread = (known.variance + (1 - SHARE)).sqrt()[:, None]
+        columns = (columns - known.mean) / spread * mask[:, None]
+        x, y = columns[:, :-1], columns[:, -1]
         ridge = torch.full((terms.shape[1],), _RIDGE, dtype=torch.float64)
         if self.trend != "none":
             ridge[0] = _LEVEL_RIDGE
-        system = gram + torch.diag(ridge.to(gram.device))
-        return torch.linalg.solve(system, moment[..., None])[..., 0].transpose(1, 2)
+        precision = torch.einsum("brtc,bstc->bcrs", x, x)
+        precision = precision + torch.diag(ridge.to(precision.device))
+        moment = torch.einsum("brtc,btc->bcr", x, y)
+        mean = torch.linalg.solve(precision, moment[..., None])[..., 0]
+        error = (y - torch.einsum("brtc,bcr->btc", x, mean)) ** 2
+        free = (mask.sum(dim=1) - terms.shape[1]).clamp_min(1)
+        scale = (error.sum(dim=1) / free).sqrt().clamp_min(_SMALLEST_SCALE)
+        return Regression(mean, torch.linalg.cholesky(precision), scale)
 
     def at(self, times: Tensor, coefficients: Tensor) -> Tensor:
-        """Return values (B, T, C) in the dtype of the times."""
-        return (self.terms(times) @ coefficients).to(times.dtype)
+        """Return (B, ..., T, C) in the dtype of the times, of (B, ..., C, R)."""
+        terms = self.terms(times)
+        terms = terms.view(len(terms), *(1,) * (coefficients.ndim - 3), *terms.shape[1:])
+        return (terms @ coefficients.transpose(-1, -2)).to(times.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """Normals over the coefficients of each context and channel."""
+
+    mean: Tensor
+    """(B, C, R)."""
+    factor: Tensor
+    """(B, C, R, R) lower: that of the precision, for errors of variance 1."""
+    scale: Tensor
+    """(B, C) standard deviation of the errors."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Return coefficients (B, K, C, R) of standard normal noise (B, K, C, R)."""
+        noise = noise.double()[..., None]
+        away = torch.linalg.solve_triangular(
+            self.factor.transpose(-1, -2)[:, None], noise, upper=True
+        )
+        return self.mean[:, None] + self.scale[:, None, :, None] * away[..., 0]
 
 
 def _gaps(times: Tensor) -> Tensor:
@@ -100,6 +129,7 @@ def _gaps(times: Tensor) -> Tensor:
 
 def _span(times: Tensor, mask: Tensor) -> Tensor:
     """Return the time over which a context has observations, (B, 1, 1)."""
+    times = times.double()
     seen = mask.any(dim=2)
     low = times.masked_fill(~seen, math.inf).amin(dim=1)
     high = times.masked_fill(~seen, -math.inf).amax(dim=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from skode._nn.baseline import Baseline
+from skode._nn.baseline import PERSISTENCE, SHARE, Baseline, Regression
 from skode._nn.fields import MLPField
 from skode._nn.integration import Integration
 from skode._nn.predictive import Mixture
@@ -71,6 +71,9 @@ class LatentODE(nn.Module):
         What is taken from the values before, and given back after.
     """
 
+    muted: Tensor
+    """Whether forecasts are those of the baseline alone."""
+
     def __init__(self, shape: Shape, baseline: Baseline) -> None:
         super().__init__()
         self.shape, self.baseline = shape, baseline
@@ -93,6 +96,7 @@ class LatentODE(nn.Module):
             if not baseline.empty:  # and with what the baseline says
                 self.decoder[-1].weight[: shape.n_channels].mul_(0.1)
         self.residual = Residual(shape.n_channels, shape.persistent)
+        self.register_buffer("muted", torch.zeros((), dtype=torch.bool))
         self.log_intensity = nn.Linear(shape.latent, 1) if shape.events else None
 
     def posterior(self, batch: Batch, length: Tensor, how: Integration) -> Posterior:
@@ -142,14 +146,13 @@ class LatentODE(nn.Module):
         return rate
 
     def log_density(
-        self, batch: Batch, emission: Emission, white: bool = False
+        self, batch: Batch, base: Tensor, emission: Emission, white: bool = False
     ) -> Tensor:
         """Return log-densities given the path and the rows before, (B, K, T, C).
 
         With `white`, as if no residual persisted.
         """
-        residual = (batch.values[:, None] - emission.mean) / emission.log_scale.exp()
-        residual = residual * batch.mask[:, None]
+        residual = self.error(batch, base, emission)
         if white:
             inner = -0.5 * residual**2
         else:
@@ -157,19 +160,28 @@ class LatentODE(nn.Module):
         outer = emission.log_scale + 0.5 * _LOG_TWO_PI
         return inner - outer * batch.mask[:, None]
 
-    def split(self, batch: Batch, length: Tensor) -> tuple[Batch, Tensor]:
-        """Return the batch without its contexts' baseline, and that, (B, T, C)."""
-        if self.baseline.empty:
-            return batch, torch.zeros_like(batch.values)
-        coefficients = self.coefficients(batch, length)
-        base = self.baseline.at(batch.times, coefficients)
-        values = torch.where(batch.mask, batch.values - base, batch.values)
-        return replace(batch, values=values), base
+    def error(self, batch: Batch, base: Tensor, emission: Emission) -> Tensor:
+        """Return what the path leaves unexplained, in units of the scale, (B, K, T, C).
 
-    def coefficients(self, batch: Batch, length: Tensor) -> Tensor:
-        """Return the baseline's coefficients of the first `length` rows."""
+        `base` (B, K, T, C) are draws of trend and seasons.
+        """
+        left = batch.values[:, None] - base - emission.mean
+        return left / emission.log_scale.exp() * batch.mask[:, None]
+
+    def split(self, batch: Batch, length: Tensor, noise: Tensor) -> "Split":
+        """Return trend and seasons of the first `length` (B,) rows, and what is left.
+
+        Of normal noise (B, K, C, R), K draws of them.
+        """
+        if self.baseline.empty:
+            nothing = torch.zeros_like(batch.values)
+            return Split(batch, None, nothing[:, None])
         context = first(batch, length)
-        return self.baseline.fit(context.times, context.values, context.mask)
+        found = self.baseline.fit(context.times, context.values, context.mask)
+        base = self.baseline.at(batch.times, found.mean)
+        left = torch.where(batch.mask, batch.values - base, 0.0)
+        drawn = self.baseline.at(batch.times, found.draw(noise))
+        return Split(replace(batch, values=left), found, drawn)
 
     def forecast(
         self, context: Batch, queries: Batch, noise: Tensor, how: Integration
@@ -182,7 +194,7 @@ class LatentODE(nn.Module):
             What is known; times count from its first rows.
         queries : Batch of (B, Q)
             When, and with which covariates; times count from the same.
-        noise : Tensor of shape (K, D)
+        noise : Tensor of shape (K, `noise_width`)
             Standard normal; the samples of all series.
         """
         joined = self._joined(context, queries, noise, how)
@@ -192,8 +204,7 @@ class LatentODE(nn.Module):
         scale = joined.emission.log_scale.exp()
         centre = joined.emission.mean + scale * mean
         spread = scale * (variance + self.residual.white()).sqrt()[:, None]
-        base = joined.base[:, None]
-        return Mixture(joined.answers(centre + base), joined.answers(spread))
+        return Mixture(joined.answers(centre + joined.base), joined.answers(spread))
 
     def paths(
         self,
@@ -214,7 +225,7 @@ class LatentODE(nn.Module):
             drawn = torch.randn(*shape, generator=generator, dtype=like.dtype)
             return drawn.to(like.device)
 
-        noise = normal(len(like), n_paths, self.shape.latent)
+        noise = normal(len(like), n_paths, self.noise_width)
         joined = self._joined(context, queries, noise, how)
         times, mask, shape = joined.batch.times, joined.batch.mask, joined.error.shape
         u = self.residual.draw(times, normal(*shape))
@@ -222,7 +233,7 @@ class LatentODE(nn.Module):
         missed = (joined.error - u - white) * mask[:, None]
         u = u + self.residual.smooth(times, mask, missed)[0]
         scale = joined.emission.log_scale.exp()
-        drawn = joined.emission.mean + scale * (u + white) + joined.base[:, None]
+        drawn = joined.emission.mean + scale * (u + white) + joined.base
         return joined.answers(drawn)
 
     def intensity(
@@ -236,18 +247,63 @@ class LatentODE(nn.Module):
         self, context: Batch, queries: Batch, noise: Tensor, how: Integration
     ) -> "_Joined":
         length = context.present.sum(dim=1)
-        residual, _ = self.split(context, length)
-        posterior = self.posterior(*readable(residual, length), how)
-        z0 = posterior.draw(noise)
-        batch, place = interleaved(residual, queries)
-        base = torch.zeros_like(batch.values)
-        if not self.baseline.empty:
-            base = self.baseline.at(batch.times, self.coefficients(context, length))
-        states = self.states(z0, batch.times, how)
+        batch, place = interleaved(context, queries)
+        z_noise, base_noise = self.parted(noise)
+        # Queries stand among the context's rows, and are not observed.
+        every = torch.full_like(length, batch.times.shape[1])
+        split = self.split(batch, every, base_noise)
+        left = replace(context, values=context.values)
+        if split.regression is not None:
+            base = self.baseline.at(context.times, split.regression.mean)
+            left = replace(context, values=(context.values - base) * context.mask)
+        posterior = self.posterior(*readable(left, length), how)
+        states = self.states(posterior.draw(z_noise), batch.times, how)
         emission = self.emit(states, batch.covariates)
-        error = (batch.values[:, None] - emission.mean) / emission.log_scale.exp()
-        error = error * batch.mask[:, None]
-        return _Joined(batch, place, base, states, emission, error)
+        if self.muted:
+            assert split.regression is not None, "without a path there is a baseline"
+            emission = muted(emission, split.regression)
+        error = self.error(batch, split.drawn, emission)
+        return _Joined(batch, place, split.drawn, states, emission, error)
+
+    @property
+    def noise_width(self) -> int:
+        """How many normal numbers a draw of the path and of the baseline takes."""
+        return self.shape.latent + self.baseline.n_terms * self.shape.n_channels
+
+    def parted(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (..., D) and (1 or B, K, C, R) of noise (K, N) or (B, K, N)."""
+        z, base = noise.split((self.shape.latent, noise.shape[-1] - self.shape.latent), -1)
+        shape = (self.shape.n_channels, self.baseline.n_terms)
+        base = base.unflatten(-1, shape) if base.shape[-1] else base[..., None]
+        return z, base if base.ndim == 4 else base[None]
+
+    def mute(self) -> None:
+        """Forecast trend and seasons alone, with the errors that their fit assumes."""
+        self.muted = torch.ones_like(self.muted)
+        if not self.residual.persistent:
+            return
+        with torch.no_grad():
+            self.residual.share.fill_(math.log(SHARE / (1 - SHARE)))
+            self.residual.log_time.fill_(math.log(PERSISTENCE))
+
+
+def muted(emission: Emission, regression: Regression) -> Emission:
+    """Return an emission whose path says nothing, of the regression's scale."""
+    log_scale = regression.scale.log().to(emission.mean.dtype)[:, None, None]
+    return Emission(
+        torch.zeros_like(emission.mean), log_scale.expand_as(emission.log_scale)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Series without trend and seasons."""
+
+    left: Batch
+    """What a recognition network reads."""
+    regression: Regression | None
+    drawn: Tensor
+    """(B, K, T, C) draws of trend and seasons; one of zeros where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +314,7 @@ class _Joined:
     place: Tensor
     """(B, Q) where the queries stand."""
     base: Tensor
-    """(B, T + Q, C)."""
+    """(B, K, T + Q, C), or (B, 1, T + Q, C) where there is none."""
     states: Tensor
     """(B, K, T + Q, D)."""
     emission: Emission

@@ -209,15 +209,17 @@ class LatentObjective:
     def loss(self, piece: Piece, warmth: float = 1.0, white: bool = False) -> Tensor:
         """Return the loss of a piece, with normal draws of the cutter's generator."""
         model, plan, how = self._model, self._plan, self._how
-        batch, _ = model.split(piece.batch, piece.context)
-        posterior = model.posterior(batch, piece.context, how)
         noise = torch.randn(
-            len(batch.times),
+            len(piece.rows),
             plan.samples,
-            model.shape.latent,
+            model.noise_width,
             generator=self._cutter.generator,
-            dtype=batch.values.dtype,
-        ).to(batch.values.device)
+            dtype=piece.batch.values.dtype,
+        ).to(piece.batch.values.device)
+        noise, base_noise = model.parted(noise)
+        split = model.split(piece.batch, piece.context, base_noise)
+        batch = split.left
+        posterior = model.posterior(batch, piece.context, how)
         z0 = posterior.draw(noise)
         nodes = _with_nodes(batch.times) if model.shape.events else batch.times
         states = model.states(z0, nodes, how)
@@ -226,7 +228,7 @@ class LatentObjective:
             rates = _log_likelihood_of_times(model, states, batch)
             states = states[:, :, :: len(_GAUSS) + 1]
         emission = model.emit(states, batch.covariates)
-        density = model.log_density(batch, emission, white)
+        density = model.log_density(piece.batch, split.drawn, emission, white)
         by_row = density.sum(dim=3)  # (B, K, T)
         if rates is not None:
             by_row = by_row + rates
