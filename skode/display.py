@@ -649,8 +649,8 @@ class ForecastDisplay:
         Returns
         -------
         display : ForecastDisplay
-            With the picture drawn. What is known of the series is drawn from one
-            context before the first forecast on.
+            With the picture drawn. What is known of the series is drawn between the
+            first and the last forecast; if all are ahead of it, its last context is.
 
         Raises
         ------
@@ -702,11 +702,7 @@ class ForecastDisplay:
             new = layout.read_history(history).histories()
             known = new.get(table.keys[place], known)
         if known is not None and len(known):
-            # A context may begin before the first forecast, or end after the last.
-            first, span = table.times[rows[0]].item(), estimator.windows_.context
-            ahead = known.relative(np.array([first]))[0]
-            begin = min(ahead, known.times[-1])
-            near = known.times >= (-np.inf if span is None else begin - span)
+            near = _near(known, table.times[rows], estimator.windows_.context)
             shown["known_times"] = axis.drawn(known.exact[near])
             shown["known"] = known.values[near][:, chosen]
         if n_paths:
@@ -784,7 +780,7 @@ class ForecastDisplay:
                 continue
             seen = ~np.isnan(values[:, channel])
             # Many dots would hide the bands under them.
-            size = float(np.clip(60 / np.sqrt(max(1, seen.sum())), 1.5, 5.0))
+            size = float(np.clip(36 / np.sqrt(max(1, seen.sum())), 1.5, 5.0))
             style = {"marker": "o", "markersize": size, "linestyle": "none"}
             style = {**style, "color": color, "label": label, **data_kw}
             ax.plot(times[seen], values[seen, channel], **style)
@@ -944,6 +940,14 @@ def _one_of(keys, series):
             f"{series!r}."
         )
     return keys.index(series)
+
+
+def _near(known, exact, span):
+    """Return which known rows to draw beside forecasts at exact times, (n,) bool."""
+    first, last = known.relative(exact[[0, -1]])
+    if first > known.times[-1]:  # ahead: with the context
+        first = -np.inf if span is None else known.times[-1] - span
+    return (known.times >= first) & (known.times <= last)
 
 
 def _taken(X, rows):
