@@ -8,8 +8,8 @@ its wearer is awake, a patient in trouble is seen more often. With
 ``event_times="poisson"`` the model learns the intensity of the rows, too: how many of
 them are expected per day, at any time.
 
-The data are simulated, so that the true intensity is known: people log their load around
-the top of a daily rhythm, whose hour differs between people.
+The data are simulated, so that the true intensity is known: people log their load
+around the top of a daily rhythm, whose hour differs between people.
 
 Run it with ``python examples/plot_event_times.py``, after which the name of another
 picture may stand. It takes about 20 seconds on one core.
@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.dates import DateFormatter, DayLocator
 
 from skode import ForecastDisplay, LatentODEForecaster
 
@@ -122,7 +123,9 @@ for column, name in enumerate(["new-0", "new-1", "new-2"]):
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelleft=column == 0)
-    bottom.tick_params(axis="x", labelrotation=30)
+    bottom.xaxis.set_major_locator(DayLocator())
+    bottom.xaxis.set_major_formatter(DateFormatter("%b %d"))
+    top.tick_params(labelbottom=False)
     if column < 2:
         top.get_legend().remove()
 below[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -1,18 +1,19 @@
 """
-==========================
+==================
 Patients with gaps
-==========================
+==================
 
 Patients come when they come, and no visit measures everything: times differ between
-patients, and laboratory values are missing. Here 400 of them are known; a new one has been
-seen for three months. How will her values go on, and how sure is that?
+patients, and laboratory values are missing. Here 400 of them are known; a new one has
+been seen for three months. How will her values go on, and how sure is that?
 
-The clinic is simulated, so that the truth is known: a tumour marker falls under treatment
-and rises again, at rates that differ between patients; haemoglobin falls with the first
-cycles and recovers. About a third of the values are missing.
+The clinic is simulated, so that there are as many patients as we want, and no real ones:
+a tumour marker falls under treatment and rises again, at rates that differ between
+patients; haemoglobin falls with the first cycles and recovers. About a third of the
+values are missing.
 
-Run it with ``python examples/plot_patients.py``, after which the name of another picture
-may stand. It takes about 20 seconds on one core.
+Run it with ``python examples/plot_patients.py``, after which the name of another
+picture may stand. It takes about 20 seconds on one core.
 """
 
 # %%
@@ -90,7 +91,8 @@ model.fit(past[when], past[values])
 # New patients
 # ------------
 # The first three months of patients that were not there in the fit are passed as
-# ``history``, in one frame; the rest of their year is forecast.
+# ``history``, in one frame; the rest of their year is forecast. The last column says
+# whether the intervals can be trusted: it should be near 90 %.
 
 first, later = new[new["day"] < 90], new[new["day"] >= 90]
 forecast = model.predict(later[when], history=first)
@@ -123,8 +125,8 @@ for name, visits in (("as measured", patient), ("swapped", swapped)):
 # %%
 # The picture
 # -----------
-# Three new patients, both values. The forecast reaches from the first day on, so that
-# it also says what may have been between visits.
+# Three new patients, both values; the dashed line is where the history ends. Forecasts
+# begin on the first day, so that they also say what may have been between visits.
 
 plt.rcParams.update(
     {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left"}
@@ -133,7 +135,7 @@ names = new["patient"].unique()[[1, 2, 5]]
 fig, axes = plt.subplots(
     2, 3, figsize=(11, 6), layout="constrained", sharex=True, sharey="row"
 )
-for column, name in zip(axes.T, names, strict=True):
+for place, (column, name) in enumerate(zip(axes.T, names, strict=True)):
     days = pd.DataFrame({"patient": name, "day": np.arange(0.0, 361.0, 4)})
     ForecastDisplay.from_estimator(
         model, days, history=first, ax=column, n_paths=2, random_state=0
@@ -142,11 +144,11 @@ for column, name in zip(axes.T, names, strict=True):
     for axis, value in zip(column, values, strict=True):
         axis.plot(hers["day"], hers[value], "o", color="#d1603d", label="later")
         axis.axvline(90, color="#8d99ae", linestyle="--", linewidth=0.8)
-        axis.set(xlim=(-5, 365), ylabel=value if column is axes.T[0] else "")
+        axis.set(xlim=(-5, 365), ylabel=value if place == 0 else "")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelleft=column is axes.T[0])
+        axis.tick_params(labelleft=place == 0)
     column[0].set_title(f"patient {name}")
-    if column is not axes.T[-1]:
+    if place < 2:
         column[0].get_legend().remove()
 axes[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 

@@ -748,9 +748,10 @@ class ForecastDisplay:
             self._draw_dots(panel, channel, data_kw or {})
             panel.set_ylabel(self.channel_names[channel])
             panel.margins(x=0.01)
-            panel.tick_params(labelbottom=channel == k - 1)
-        for panel in panels[:-1]:
-            panel.sharex(panels[-1])
+        if not np.iterable(ax):  # panels of our own
+            for panel in panels[:-1]:
+                panel.sharex(panels[-1])
+                panel.tick_params(labelbottom=False)
         panels[-1].set_xlabel(self.time_name)
         if self.times.dtype.kind == "M":
             _date_axis(panels[-1])
