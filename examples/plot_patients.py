@@ -7,7 +7,7 @@ Patients come when they come, and no visit measures everything: times differ bet
 patients, and laboratory values are missing. Here 400 of them are known; a new one has
 been seen for three months. How will her values go on, and how sure is that?
 
-The clinic is simulated, so that there are as many patients as we want, and no real ones:
+The clinic is simulated, so that there are as many patients as we want, none real:
 a tumour marker falls under treatment and rises again, at rates that differ between
 patients; haemoglobin falls with the first cycles and recovers. About a third of the
 values are missing.
