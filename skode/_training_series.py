@@ -111,12 +111,11 @@ def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
     given = () if est.seasonality in ("auto", None) else est.seasonality
     given = tuple(seconds(period, in_seconds, "seasonality") for period in given)
     few = len(histories) < _FEW_SERIES
-    # Without a path, there is a level at least.
-    trends: tuple[str, ...] = ("none",) if est.path is not False else ("level",)
-    if est.trend is not None:
-        trends = (est.trend,)
-        if est.trend == "auto":
-            trends = (*trends, "level", "linear") if few else trends
+    simplest = "none" if est.path is not False else "level"
+    trends = {
+        None: (simplest,),
+        "auto": (simplest, "level", "linear") if few else (simplest,),
+    }.get(est.trend, (est.trend,))
     record = float(np.median([h.times[-1] - h.times[0] for h in histories]))
     if not record > 0:
         return Windows(context, horizon, trends[0], given)
