@@ -98,6 +98,12 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         Periods of seasons that are fitted and taken away with the trend, in the units
         of `context`. "auto": those of the day, the week and the year that help, of
         fewer than 20 series with stamps or time differences; none otherwise.
+    path : bool or "auto", default="auto"
+        Whether there is a latent path beside trend and seasons. Without, forecasts are
+        those of the regression that each context does, with its uncertainty; nothing is
+        trained. "auto": there is one, unless a line or seasons are fitted to fewer than
+        20 series that fall into fewer than eight stretches of `context` and `horizon`.
+        Covariates and `event_times` always have one.
     latent_dim : int, default=10
         Width of the latent state.
     encoder : {"gru", "ode_rnn"}, default="gru"
@@ -213,6 +219,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     windows_ : object
         The context and horizon, in seconds or in the units of numeric times, the trend
         and the periods that were given or chosen; None: no limit.
+    has_path_ : bool
+        Whether there is a latent path; see `path`.
     loss_curve_ : list of float
         Mean training loss of each epoch, in nats per value. Pieces get longer over the
         first half, so it may rise there.
@@ -240,13 +248,12 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     Notes
     -----
     Of a series with observations :math:`x_1, \dots, x_n` at times
-    :math:`t_1 < \dots < t_n`, in units of the context's span, and with its baseline
-    taken away, the model says
+    :math:`t_1 < \dots < t_n`, in units of the context's span, the model says
 
     .. math::
 
         z(t_1) \sim N(0, I), \quad \frac{dz}{dt} = f(z), \quad
-        x_i = \mu(z(t_i)) + \sigma(z(t_i)) \, (u(t_i) + e_i),
+        x_i = b(t_i) + \mu(z(t_i)) + \sigma(z(t_i)) \, (u(t_i) + e_i),
 
     with networks :math:`f`, :math:`\mu` and :math:`\sigma`; covariates enter
     :math:`\mu` and :math:`\sigma`, but not :math:`f`. The *residual* of each channel
@@ -254,9 +261,11 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     :math:`a` and correlation time :math:`\tau`, and white noise :math:`e` of variance
     :math:`1 - a`; :math:`a` and :math:`\tau` are learned. Given a path, it is a
     Gaussian process, so that what the observations say of it is computed exactly, by
-    Kalman's filter and a smoother [5]_. The *baseline* is a regression that each
-    context does for itself, by generalised least squares with errors that persist for
-    half of the context: a level or a line, and four harmonics of each period.
+    Kalman's filter and a smoother [5]_. The *baseline* :math:`b`, if there is one, is a
+    level or a line, and four harmonics of each period. Each context fits it for itself,
+    by generalised least squares with errors that persist for a part of the context, so
+    that it is known how uncertain its coefficients are, and they are drawn with the
+    path. The recognition network reads what is left.
 
     *Recognition.* A recurrent network reads values, what was observed, times, gaps and
     covariates, the last row first, and gives the mean and the standard deviations of
