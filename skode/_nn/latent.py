@@ -274,7 +274,9 @@ class LatentODE(nn.Module):
 
     def parted(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return (..., D) and (1 or B, K, C, R) of noise (K, N) or (B, K, N)."""
-        z, base = noise.split((self.shape.latent, noise.shape[-1] - self.shape.latent), -1)
+        z, base = noise.split(
+            (self.shape.latent, noise.shape[-1] - self.shape.latent), -1
+        )
         shape = (self.shape.n_channels, self.baseline.n_terms)
         base = base.unflatten(-1, shape) if base.shape[-1] else base[..., None]
         return z, base if base.ndim == 4 else base[None]
