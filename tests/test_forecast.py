@@ -836,20 +836,17 @@ def test_spans_of_numbers_are_numbers():
 def test_few_windows_are_no_reason_for_a_path():
     line = pd.Series(np.arange(40.0), index=pd.Index(np.arange(40.0), name="t"))
     line += np.random.default_rng(0).standard_normal(40)
-    short = dict(context=10.0, horizon=10.0, trend="linear")
+    short = {"context": 10.0, "horizon": 10.0, "trend": "linear"}
     model = fitted(forecaster(**short), line)
     assert not model.has_path_ and model.loss_curve_ == []
     later = pd.Index([45.0, 60.0], name="t")
     mean, std = model.predict(later, return_std=True)
     np.testing.assert_allclose(mean, later, atol=8)
     assert std.iloc[1] > std.iloc[0] > 0
+    dose = pd.DataFrame({"dose": 1.0}, index=line.index)
     assert fitted(forecaster(**short, path=True), line).has_path_
     assert fitted(forecaster(**short, event_times="poisson"), line).has_path_
-    assert fitted(
-        forecaster(**short),
-        line.to_frame().assign(b=1.0)[[]].assign(dose=1.0),
-        line.to_numpy(),
-    ).has_path_
+    assert fitted(forecaster(**short), dose, line).has_path_
     with pytest.raises(ValueError, match="event_times='poisson' needs a path"):
         forecaster(**short, path=False, event_times="poisson").fit(line)
 

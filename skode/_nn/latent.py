@@ -259,7 +259,11 @@ class LatentODE(nn.Module):
             base = self.baseline.at(context.times, split.regression.mean)
             left = replace(context, values=(context.values - base) * context.mask)
         posterior = self.posterior(*readable(left, length), how)
-        states = self.states(posterior.draw(z_noise), batch.times, how)
+        z0 = posterior.draw(z_noise)
+        if self.muted:  # nobody asks where the path goes
+            states = z0[:, :, None].expand(-1, -1, batch.times.shape[1], -1)
+        else:
+            states = self.states(z0, batch.times, how)
         emission = self.emit(states, batch.covariates)
         if self.muted:
             assert split.regression is not None, "without a path there is a baseline"
@@ -274,7 +278,9 @@ class LatentODE(nn.Module):
 
     def parted(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return (..., D) and (1 or B, K, C, R) of noise (K, N) or (B, K, N)."""
-        z, base = noise.split((self.shape.latent, noise.shape[-1] - self.shape.latent), -1)
+        z, base = noise.split(
+            (self.shape.latent, noise.shape[-1] - self.shape.latent), -1
+        )
         shape = (self.shape.n_channels, self.baseline.n_terms)
         base = base.unflatten(-1, shape) if base.shape[-1] else base[..., None]
         return z, base if base.ndim == 4 else base[None]
