@@ -1,7 +1,7 @@
 """Neural ordinary differential equations for scikit-learn."""
 
 from skode.density import CNFDensityEstimator
-from skode.display import DensityDisplay, FlowDisplay
+from skode.display import DensityDisplay, FlowDisplay, ForecastDisplay
 from skode.exceptions import DivergenceError, SolverError, SolverWarning
 from skode.forecast import LatentODEForecaster
 from skode.odeint import odeint, odeint_adjoint
@@ -12,6 +12,7 @@ __all__ = [
     "DensityDisplay",
     "DivergenceError",
     "FlowDisplay",
+    "ForecastDisplay",
     "LatentODEForecaster",
     "ODEClassifier",
     "ODERegressor",

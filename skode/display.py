@@ -1,7 +1,7 @@
-"""Plots of fitted densities and flows: `DensityDisplay`, `FlowDisplay`.
+"""Plots of fitted estimators: `DensityDisplay`, `FlowDisplay`, `ForecastDisplay`.
 
-n rows, k drawn columns, T times, G points of a grid along an axis. matplotlib is
-imported late, since it may be missing.
+n rows, k drawn columns or channels, T times, G points of a grid along an axis, S paths.
+matplotlib is imported late, since it may be missing.
 """
 
 import inspect
@@ -16,9 +16,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from skode._border import check_matplotlib_support
 
-__all__ = ["DensityDisplay", "FlowDisplay"]
+__all__ = ["DensityDisplay", "FlowDisplay", "ForecastDisplay"]
 
 MODEL, DATA, START = "#2a6f97", "#d1603d", "#8d99ae"
+KNOWN = "#3d4451"
 _MOST_COLUMNS = 5
 """Of a picture of pairs, unless columns are chosen."""
 _STEEP, _MOST_UNSEEN = 2.0, 0.05
@@ -518,6 +519,274 @@ class FlowDisplay:
             self.ax_[0].set_ylabel(names[1])
 
 
+class ForecastDisplay:
+    """Forecasts of one series, and what was observed of it.
+
+    Make one with `from_estimator`. Each channel has a panel: dots for what is known of
+    the series, and for what was observed at the times of the forecasts, if that is
+    given; a line for the median; bands for intervals; thin lines for sample paths.
+
+    Parameters
+    ----------
+    times : ndarray of shape (n_times,)
+        Times of the forecasts, increasing: stamps, or numbers.
+    median : ndarray of shape (n_times, n_channels)
+        Medians of the forecasts.
+    intervals : ndarray of shape (n_coverages, n_times, n_channels, 2)
+        Lower and upper bounds.
+    coverage : sequence of float, of length n_coverages
+        Probability of each interval, increasing.
+    channel_names : sequence of str, of length n_channels
+        Labels of the panels.
+    time_name : str, default="time"
+        Label of the time axis.
+    known_times : ndarray of shape (n_known,), default=None
+        When the series was observed.
+    known : ndarray of shape (n_known, n_channels), default=None
+        What the forecasts are conditioned on; NaN: not observed.
+    observed : ndarray of shape (n_times, n_channels), default=None
+        What was observed at the times of the forecasts; NaN: not observed.
+    paths : ndarray of shape (n_paths, n_times, n_channels), default=None
+        Observations as they may be, drawn jointly.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes or ndarray of shape (n_channels,)
+        Where the picture is; of several channels, an array.
+    figure_ : matplotlib Figure
+        The figure that holds it.
+
+    See Also
+    --------
+    LatentODEForecaster : The model that forecasts.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skode import ForecastDisplay, LatentODEForecaster
+    >>> hours = np.sort(np.random.default_rng(0).uniform(0, 48, size=50))
+    >>> est = LatentODEForecaster((8,), encoder_size=8, max_iter=2, tol=0)
+    >>> est = est.fit(hours[:, None], np.sin(hours / 4))
+    >>> ahead = np.linspace(48, 60, 30)[:, None]
+    >>> display = ForecastDisplay.from_estimator(est, ahead, n_paths=5)
+    >>> display.intervals.shape
+    (2, 30, 1, 2)
+    """
+
+    def __init__(
+        self,
+        *,
+        times,
+        median,
+        intervals,
+        coverage,
+        channel_names,
+        time_name="time",
+        known_times=None,
+        known=None,
+        observed=None,
+        paths=None,
+    ):
+        self.times = times
+        self.median = median
+        self.intervals = intervals
+        self.coverage = coverage
+        self.channel_names = channel_names
+        self.time_name = time_name
+        self.known_times = known_times
+        self.known = known
+        self.observed = observed
+        self.paths = paths
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator,
+        X,
+        y=None,
+        *,
+        history=None,
+        series=None,
+        channels=None,
+        coverage=(0.5, 0.9),
+        n_paths=0,
+        random_state=None,
+        ax=None,
+        line_kw=None,
+        band_kw=None,
+        data_kw=None,
+    ):
+        """Plot forecasts of a fitted forecaster.
+
+        Parameters
+        ----------
+        estimator : LatentODEForecaster
+            Fitted. Of a `Pipeline`, pass the last step, and X as that sees it.
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            Rows to forecast, as for `predict`: times close to each other make a smooth
+            picture. Past times show how well the model describes what it knows.
+        y : Series, DataFrame or array-like, default=None
+            What was observed at the rows of X, to draw beside the forecasts; None: the
+            channels among the columns of X, if `fit` found them there.
+        history : DataFrame, array-like or tuple (X, y), default=None
+            What the forecasts are conditioned on, as for `predict`.
+        series : hashable, default=None
+            Which series of X to draw; None: the only one.
+        channels : sequence of int or str, default=None
+            Which channels to draw, by position or name; None: all of them, but the
+            first five of more.
+        coverage : float or sequence of float, default=(0.5, 0.9)
+            Probabilities of the intervals.
+        n_paths : int, default=0
+            How many sample paths to draw.
+        random_state : int, RandomState instance or None, default=None
+            Of these paths.
+        ax : matplotlib Axes or array-like of Axes, default=None
+            See `plot`.
+        line_kw, band_kw, data_kw : dict, default=None
+            See `plot`.
+
+        Returns
+        -------
+        display : ForecastDisplay
+            With the picture drawn. What is known of the series is drawn between the
+            first and the last forecast; if all are ahead of it, its last context is.
+
+        Raises
+        ------
+        TypeError
+            If the estimator is no forecaster.
+        ValueError
+            If X holds several series and `series` does not name one, if `channels` are
+            not there, or a coverage does not lie between 0 and 1.
+        """
+        check_matplotlib_support(f"{cls.__name__}.from_estimator")
+        check_is_fitted(estimator)
+        if not hasattr(estimator, "predict_quantiles"):
+            raise TypeError(
+                f"{type(estimator).__name__} has no intervals to draw: pass a "
+                "LatentODEForecaster; of a pipeline, its last step."
+            )
+        coverage = _coverages(coverage)
+        layout = estimator.layout_
+        names = _channel_labels(layout.channel_names)
+        chosen = _positions(channels, names, what="channels")
+        # Before X is reduced to one series, so that rows of y are still those of X.
+        table, values = layout.read(X), None
+        if y is not None or _holds(X, layout):
+            values = layout.read_observations(X, y).values
+        place = _one_of(table.keys, series)
+        rows = np.flatnonzero(table.codes == place)
+        rows = rows[np.argsort(table.times[rows], kind="stable")]
+        if len(rows) < len(table) or (np.diff(rows) < 0).any():
+            X = _taken(X, rows)
+        given = {} if history is None else {"history": history}
+        tails = (1 - np.array(coverage)) / 2
+        levels = [0.5, *tails, *(1 - tails)]
+        found = np.asarray(estimator.predict_quantiles(X, levels, **given))
+        found = found.reshape(len(rows), len(names), len(levels))[:, chosen]
+        low, high = np.split(np.moveaxis(found[:, :, 1:], 2, 0), 2)
+        axis = _TimeAxis.of(layout.clock, table.times[rows])
+        shown = {
+            "times": axis.drawn(table.times[rows]),
+            "median": found[:, :, 0],
+            "intervals": np.stack([low, high], axis=-1),
+            "coverage": coverage,
+            "channel_names": [names[channel] for channel in chosen],
+            "time_name": axis.label(layout.time_name),
+        }
+        if values is not None:
+            shown["observed"] = values[rows][:, chosen]
+        known = estimator.histories_.get(table.keys[place])
+        if history is not None:
+            new = layout.read_history(history).histories()
+            known = new.get(table.keys[place], known)
+        if known is not None and len(known):
+            near = _near(known, table.times[rows], estimator.windows_.context)
+            shown["known_times"] = axis.drawn(known.exact[near])
+            shown["known"] = known.values[near][:, chosen]
+        if n_paths:
+            drawn = estimator.sample_paths(
+                X, n_paths, random_state=random_state, **given
+            )
+            paths = np.asarray(drawn)
+            if hasattr(drawn, "columns"):  # the last of its levels tells the path
+                paths = np.moveaxis(paths.reshape(len(rows), len(names), -1), 2, 0)
+            paths = paths.reshape(n_paths, len(rows), len(names))
+            shown["paths"] = paths[:, :, chosen]
+        return cls(**shown).plot(
+            ax=ax, line_kw=line_kw, band_kw=band_kw, data_kw=data_kw
+        )
+
+    def plot(self, ax=None, *, line_kw=None, band_kw=None, data_kw=None):
+        """Draw the picture.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes or array-like of Axes, default=None
+            Where to draw; None makes a figure. Of several channels, an array of
+            `n_channels`, or axes that give up their place to so many.
+        line_kw : dict, default=None
+            Passed to `plot`, which draws the median.
+        band_kw : dict, default=None
+            Passed to `fill_between`, which draws the intervals.
+        data_kw : dict, default=None
+            Passed to `plot`, which draws the dots.
+
+        Returns
+        -------
+        display : ForecastDisplay
+            This display, with `ax_` and `figure_`.
+        """
+        check_matplotlib_support(f"{type(self).__name__}.plot")
+        k = len(self.channel_names)
+        panels = _panels(ax, k, 1, figsize=(8.0, 1.4 + 2.2 * k)).ravel()
+        self.ax_ = panels[0] if k == 1 else panels
+        self.figure_ = panels[0].figure
+        for channel, panel in enumerate(panels):
+            self._draw_channel(panel, channel, line_kw or {}, band_kw or {})
+            self._draw_dots(panel, channel, data_kw or {})
+            panel.set_ylabel(self.channel_names[channel])
+            panel.margins(x=0.01)
+        if not np.iterable(ax):  # panels of our own
+            for panel in panels[:-1]:
+                panel.sharex(panels[-1])
+                panel.tick_params(labelbottom=False)
+        panels[-1].set_xlabel(self.time_name)
+        if self.times.dtype.kind == "M":
+            _date_axis(panels[-1])
+        panels[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        return self
+
+    def _draw_channel(self, ax, channel, line_kw, band_kw):
+        widest_first = np.argsort(self.coverage)[::-1]
+        for shade, place in zip(_shades(len(self.coverage)), widest_first, strict=True):
+            share = f"{100 * self.coverage[place]:g} % interval"
+            band = {"color": shade, "linewidth": 0, "label": share, **band_kw}
+            bounds = self.intervals[place, :, channel]
+            ax.fill_between(self.times, *bounds.T, **band)
+        if self.paths is not None:
+            style = {"color": MODEL, "linewidth": 0.6, "alpha": 0.6}
+            lines = ax.plot(self.times, self.paths[:, :, channel].T, **style)
+            lines[0].set_label("sample paths")
+        style = {"color": MODEL, "linewidth": 1.6, "label": "median", **line_kw}
+        ax.plot(self.times, self.median[:, channel], **style)
+
+    def _draw_dots(self, ax, channel, data_kw):
+        for times, values, color, label in (
+            (self.known_times, self.known, KNOWN, "known"),
+            (self.times, self.observed, DATA, "observed"),
+        ):
+            if values is None:
+                continue
+            seen = ~np.isnan(values[:, channel])
+            # Many dots would hide the bands under them.
+            size = float(np.clip(36 / np.sqrt(max(1, seen.sum())), 1.5, 5.0))
+            style = {"marker": "o", "markersize": size, "linestyle": "none"}
+            style = {**style, "color": color, "label": label, **data_kw}
+            ax.plot(times[seen], values[seen, channel], **style)
+
+
 # ---------------------------------------------------------------------- estimators
 
 
@@ -548,8 +817,8 @@ def _rows_seen(estimator, X):
     return estimator, data, [str(name) for name in names]
 
 
-def _positions(columns, names, most=_MOST_COLUMNS):
-    """Return the positions of the chosen columns."""
+def _positions(columns, names, most=_MOST_COLUMNS, what="columns"):
+    """Return the positions of the chosen columns, or channels."""
     if columns is None:
         return list(range(min(most, len(names))))
     if isinstance(columns, str) or not np.iterable(columns):
@@ -562,7 +831,7 @@ def _positions(columns, names, most=_MOST_COLUMNS):
     ]
     if unknown or len(columns) == 0:
         raise ValueError(
-            f"columns must be positions below {len(names)} or names among {names}, "
+            f"{what} must be positions below {len(names)} or names among {names}, "
             f"got {list(columns)}."
         )
     return [
@@ -636,10 +905,109 @@ def _repeated(y, n_rows):
     return np.repeat(np.asarray(y)[None], n_rows, axis=0)
 
 
+# ---------------------------------------------------------------------- series
+
+
+def _coverages(coverage):
+    coverage = np.unique(np.asarray(coverage, dtype=np.float64))
+    if not len(coverage) or not ((coverage > 0) & (coverage < 1)).all():
+        raise ValueError(f"coverage must lie between 0 and 1, got {coverage}.")
+    return coverage.tolist()
+
+
+def _channel_labels(names):
+    """Return a label for each channel; those of arrays have positions for names."""
+    if len(names) == 1 and (names[0] is None or isinstance(names[0], int)):
+        return ["y"]
+    return [f"y{name}" if isinstance(name, int) else str(name) for name in names]
+
+
+def _holds(X, layout):
+    """Whether X holds the channels, as it did in a fit without y."""
+    columns = getattr(X, "columns", None)
+    names = layout.channel_names
+    return layout.own_channels and columns is not None and set(names) <= set(columns)
+
+
+def _one_of(keys, series):
+    """Return the position of the series to draw."""
+    if series is None and len(keys) == 1:
+        return 0
+    if series is None or series not in keys:
+        some = ", ".join(repr(key) for key in keys[:5])
+        some += ", ..." if len(keys) > 5 else ""
+        raise ValueError(
+            f"series must name one of the {len(keys)} series of X, {some}; got "
+            f"{series!r}."
+        )
+    return keys.index(series)
+
+
+def _near(known, exact, span):
+    """Return which known rows to draw beside forecasts at exact times, (n,) bool."""
+    first, last = known.relative(exact[[0, -1]])
+    if first > known.times[-1]:  # ahead: with the context
+        first = -np.inf if span is None else known.times[-1] - span
+    return (known.times >= first) & (known.times <= last)
+
+
+def _taken(X, rows):
+    """Return some rows of X, whatever it is."""
+    if hasattr(X, "iloc"):
+        return X.iloc[rows]
+    return X[rows] if hasattr(X, "shape") else [X[row] for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _TimeAxis:
+    """How exact times are drawn: stamps as such, differences in a fitting unit."""
+
+    kind: str
+    zone: str | None
+    unit: str
+
+    @classmethod
+    def of(cls, clock, exact):
+        """Return the axis for times as the estimator reads them, (n,)."""
+        unit = ""
+        if clock.kind == "delta":
+            longest = np.abs(exact).max() / 1e9
+            fitting = [unit for unit, size in _UNITS.items() if longest >= 2 * size]
+            unit = fitting[0] if fitting else "seconds"
+        return cls(clock.kind, clock.zone, unit)
+
+    def drawn(self, exact):
+        """Return stamps, in the hours of their zone, or numbers, (n,)."""
+        if self.kind == "stamp":
+            stamps = pd.DatetimeIndex(exact.astype("M8[ns]"))
+            if self.zone is not None:
+                local = stamps.tz_localize("UTC").tz_convert(self.zone)
+                stamps = local.tz_localize(None)
+            return stamps.to_numpy()
+        return exact / (1e9 * _UNITS[self.unit]) if self.unit else exact
+
+    def label(self, name):
+        """Return the label of the axis."""
+        name = "time" if name is None or isinstance(name, int) else str(name)
+        what = self.zone or self.unit
+        return f"{name} ({what})" if what else name
+
+
+_UNITS = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
+
+
+def _date_axis(ax):
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = AutoDateLocator()
+    ax.xaxis.set_major_locator(locator)
+    ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
 # ---------------------------------------------------------------------- panels
 
 
-def _panels(ax, n_rows, n_columns, size, triangle=False):
+def _panels(ax, n_rows, n_columns, size=2.2, triangle=False, figsize=None):
     """Return axes of shape (n_rows, n_columns): new, given, or in place of given."""
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
@@ -649,8 +1017,9 @@ def _panels(ax, n_rows, n_columns, size, triangle=False):
     if triangle:
         above[np.triu_indices(n_rows, k=1)] = True
     if ax is None:
-        one = n_rows == n_columns == 1
-        figsize = (5.6, 4.2) if one else (size * n_columns, size * n_rows)
+        if figsize is None:
+            one = n_rows == n_columns == 1
+            figsize = (5.6, 4.2) if one else (size * n_columns, size * n_rows)
         _, panels = plt.subplots(
             *shape, squeeze=False, figsize=figsize, layout="constrained"
         )

@@ -60,7 +60,293 @@ _AT_ONCE = 400_000
 
 
 class LatentODEForecaster(RegressorMixin, PortableEstimator):
-    """TODO"""
+    r"""Forecaster of irregular series: a latent ODE with intervals.
+
+    A row of X says when, and of which series; a row of y what was observed there, NaN
+    where it was not. A recognition network reads the observations of a series backwards
+    in time, and says what its latent state was at the first of them; the state follows
+    a learned ODE, at the series' own times; a decoder says what is observed there, with
+    which noise [1]_ [2]_. A forecast is a mixture over many such paths.
+
+    Parameters
+    ----------
+    hidden_layer_sizes : int or array-like of int, default=(64, 64)
+        Widths of the hidden layers of the vector field; empty for a linear field.
+    activation : {"tanh", "softplus", "silu", "relu"}, default="tanh"
+        Of the vector field. Smooth ones let the solver take long steps.
+    time : hashable, default=None
+        Name of the column or index level of X that holds times; of an array, the
+        position of the column. None: the index, or the level of it that looks like
+        times; of an array, the first column.
+    series : hashable, default=None
+        Name of the column or index level of X that says which series a row is of; of an
+        array, the position. None: the other level of the index, if there is one, or
+        else all rows are of one series.
+    context : timedelta, str, float or None, default=None
+        How far back a forecast looks: a span as pandas reads it, such as ``"30D"``,
+        where X has stamps or time differences, a number in the units of X's times where
+        it has numbers. None: all that is known, of 20 series or more; of fewer, half, a
+        quarter or an eighth of the median record, whichever forecasts best within the
+        training series.
+    horizon : timedelta, str, float or None, default=None
+        How far ahead the forecasts reach that the model is trained for, in the units of
+        `context`. None: to the end of the series, of 20 series or more; of fewer, a
+        quarter of the median record, but no further than the longest context that may
+        be chosen. Forecasts may reach further; what they say there was not trained.
+    trend : {"auto", "level", "linear"} or None, default="auto"
+        What is fitted to each context by regression, and taken away before the model
+        reads it. "auto": chosen as `context` is, of fewer than 20 series; None of more.
+    seasonality : "auto", array-like of timedelta, str or float, or None, default="auto"
+        Periods of seasons that are fitted and taken away with the trend, in the units
+        of `context`. "auto": those of the day, the week and the year that help, of
+        fewer than 20 series with stamps or time differences; none otherwise.
+    path : bool or "auto", default="auto"
+        Whether there is a latent path beside trend and seasons. Without, forecasts are
+        those of the regression that each context does, with its uncertainty; nothing is
+        trained. "auto": there is one, unless a line or seasons are fitted to fewer than
+        20 series that fall into fewer than eight stretches of `context` and `horizon`.
+        Covariates and `event_times` always have one.
+    latent_dim : int, default=10
+        Width of the latent state.
+    encoder : {"gru", "ode_rnn"}, default="gru"
+        The recognition network. "gru": a gated recurrent unit that is told the gaps.
+        "ode_rnn": its state follows an ODE between observations [2]_; slower by the
+        length of the context.
+    encoder_size : int, default=64
+        Width of the recognition network.
+    decoder_layer_sizes : int or array-like of int, default=(32,)
+        Widths of the hidden layers of the decoder; empty for a linear one.
+    noise : {"varying", "constant"}, default="varying"
+        Whether the scale of the noise follows the latent state, or is one number for
+        each channel.
+    persistence : bool, default=True
+        Whether a part of what the latent path leaves unexplained persists for a time
+        that is learned, so that a forecast begins near the last observation.
+    event_times : "poisson" or None, default=None
+        Whether to model when rows happen, as a Poisson process whose intensity follows
+        the latent state [1]_; see `intensity`.
+    unseen : {"prior", "raise"}, default="prior"
+        What to do with a series that neither fit nor `history` knows: forecast it from
+        the prior, with a warning, or raise.
+    score_context : float, default=0.5
+        Share of the first rows of a series that `score` conditions on, where nothing
+        else is known of it.
+    n_paths : int, default=64
+        Latent paths in the mixture of a forecast. May be changed after `fit`.
+    bound : {"predictive", "elbo", "iwae"}, default="predictive"
+        What `fit` maximises; see Notes.
+    n_training_paths : int, default=4
+        Latent paths of each training piece.
+    consistency : float, default=0.3
+        Weight of how far a path is from what its later observations alone say of it;
+        see Notes.
+    standardize : bool, default=True
+        Whether channels and covariates get mean 0 and standard deviation 1 inside the
+        model. Without, they should be near that by themselves. Times always have a unit
+        of their own: the context's span.
+    solver : str, default="dopri5"
+        The ODE solver; the optimiser is `optimizer`. Adaptive: "dopri5", "tsit5",
+        "bosh3", "adaptive_heun", "dopri8". Fixed step: "euler", "midpoint", "heun2",
+        "rk4". All others of torchdiffeq and SciPy by their names, row by row and
+        therefore slowly. May be changed after `fit`.
+    rtol : float, default=1e-3
+        Relative tolerance of the local error of each step, which each path meets with
+        steps of its own. May be changed after `fit`.
+    atol : float or None, default=None
+        Absolute tolerance; None: the same number as `rtol`. May be changed after
+        `fit`.
+    step_size : float or None, default=None
+        Longest step of a fixed-step solver, in spans of the context. Adaptive solvers
+        ignore it. May be changed after `fit`.
+    max_steps : int, default=1000
+        Steps that a path may attempt. May be changed after `fit`.
+    gradient : str, default="auto"
+        How gradients pass a solve in `fit`: "auto", "checkpoint", "adjoint",
+        "reversible" or "backprop"; see `ODEClassifier`.
+    compile : bool or "auto", default="auto"
+        Whether to solve in compiled code, several times faster: see `ODEClassifier`.
+        May be changed after `fit`.
+    averaging : float, default=0.995
+        Share that the running average of the weights keeps of itself at each step of
+        the optimiser. The average is what is watched and kept. 0: the weights
+        themselves.
+    optimizer : {"adam", "sgd"}, default="adam"
+        Adam with decoupled weight decay, or gradient descent with Nesterov's momentum.
+    alpha : float, default=1e-4
+        Weight decay of matrices; biases are left alone.
+    batch_size : int or "auto", default="auto"
+        Pieces of series per step; "auto" is 32.
+    learning_rate_init : float, default=1e-2
+        Learning rate at the plateau of its schedule: it rises over five epochs and
+        falls to zero over the last third of `max_iter`, or once the score has stopped
+        improving.
+    max_iter : int, default=200
+        Epochs, of one piece of each series; of few series, of some hundred pieces.
+    tol : float, default=1e-3
+        The fit has stopped improving when its best loss, or validation score, in nats
+        per value has improved by less than `tol` in `n_iter_no_change` epochs of the
+        second half. 0 asks for `max_iter` epochs, and for no `ConvergenceWarning`.
+    n_iter_no_change : int, default=30
+        Epochs over which `tol` is judged.
+    early_stopping : bool or "auto", default="auto"
+        Whether to hold out `validation_fraction` of the series, or the ends of fewer
+        than 20 long ones, to watch how well these are forecast instead of the loss, and
+        to keep the weights of the best epoch. "auto" does so from 50 series on, or
+        where the longest of few has 60 rows.
+    validation_fraction : float, default=0.1
+        See `early_stopping`.
+    warm_start : bool, default=False
+        Whether `fit` goes on from the weights it finds, in their units. What shapes the
+        net cannot change then, nor can channels and covariates.
+    random_state : int, RandomState instance or None, default=None
+        Of the initial weights, the pieces, the paths and the held-out series.
+    device : str, default="auto"
+        A torch device; "auto" is a GPU where there is one.
+    dtype : {"float32", "float64"}, default="float32"
+        To compute in. Times are read without rounding either way.
+    verbose : bool or int, default=False
+        Whether to show a progress bar.
+
+    Attributes
+    ----------
+    module_ : torch.nn.Module
+        The fitted model, of standardised values.
+    histories_ : dict
+        What is known of each series, by its id; None is the id of the only one.
+        `observe` adds to it.
+    layout_ : object
+        How X and y say when, of which series and what.
+    units_ : object
+        Means and standard deviations of channels and covariates, and the unit of time.
+    windows_ : object
+        The context and horizon, in seconds or in the units of numeric times, the trend
+        and the periods that were given or chosen; None: no limit.
+    has_path_ : bool
+        Whether there is a latent path; see `path`.
+    loss_curve_ : list of float
+        Mean training loss of each epoch, in nats per value. Pieces get longer over the
+        first half, so it may rise there.
+    loss_ : float
+        The last of them.
+    best_loss_ : float
+        The least of them.
+    n_iter_ : int
+        Number of epochs, the length of `loss_curve_`.
+    validation_scores_ : list of float or None
+        Mean log-density per value of what was held out, given what came before, at each
+        epoch with `early_stopping`; in standardised units.
+    best_validation_score_ : float or None
+        The largest of them.
+    n_features_in_ : int
+        Number of columns of X seen in `fit`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Their names, if X had any.
+
+    See Also
+    --------
+    CNFDensityEstimator : How rows are distributed that have no times.
+    ForecastDisplay : Forecasts as pictures.
+
+    Notes
+    -----
+    Of a series with observations :math:`x_1, \dots, x_n` at times
+    :math:`t_1 < \dots < t_n`, in units of the context's span, the model says
+
+    .. math::
+
+        z(t_1) \sim N(0, I), \quad \frac{dz}{dt} = f(z), \quad
+        x_i = b(t_i) + \mu(z(t_i)) + \sigma(z(t_i)) \, (u(t_i) + e_i),
+
+    with networks :math:`f`, :math:`\mu` and :math:`\sigma`; covariates enter
+    :math:`\mu` and :math:`\sigma`, but not :math:`f`. The *residual* of each channel
+    has a part :math:`u` that persists, an Ornstein-Uhlenbeck process of variance
+    :math:`a` and correlation time :math:`\tau`, and white noise :math:`e` of variance
+    :math:`1 - a`; :math:`a` and :math:`\tau` are learned. Given a path, it is a
+    Gaussian process, so that what the observations say of it is computed exactly, by
+    Kalman's filter and a smoother [5]_. The *baseline* :math:`b`, if there is one, is a
+    level or a line, and four harmonics of each period. Each context fits it for itself,
+    by generalised least squares with errors that persist for a part of the context, so
+    that it is known how uncertain its coefficients are, and they are drawn with the
+    path. The recognition network reads what is left.
+
+    *Recognition.* A recurrent network reads values, what was observed, times, gaps and
+    covariates, the last row first, and gives the mean and the standard deviations of
+    :math:`q(z(t_1) \mid x_1, \dots, x_m)`, independent normals. Of a long context it
+    reads the first row, the last ones, and rows evenly between; the residual process
+    sees all.
+
+    *Training.* A random piece of a series is split at random into a context of m rows
+    and what follows. With K paths :math:`z_k` drawn from :math:`q`,
+    ``bound="predictive"`` maximises
+
+    .. math::
+
+        \frac1K \sum_k \sum_{i \le m} \log p(x_i \mid z_k, x_{<i})
+        + \sum_{i > m} \log \frac1K \sum_k p(x_i \mid z_k, x_{<i})
+        - KL(q \,\|\, N(0, I)) :
+
+    the evidence lower bound (ELBO) [3]_ of the context, and the log-density of the
+    mixture that a forecast is. "elbo" is the evidence lower bound of all rows, and
+    "iwae" the importance-weighted bound [4]_. The divergence counts more and more over
+    the first epochs, and pieces grow over the first half of a fit, since over many
+    turns of a solution gradients say little until the first turn is right.
+
+    *Consistency.* The loss adds `consistency` times
+    :math:`-\log q(z_k(t_j) \mid x_j, \dots, x_n)` at a random row j: a path should
+    pass where its later observations, read alone, place it. A path that leaves the
+    states that observations speak of has no future that could be learned from others.
+
+    *Forecasts.* The mean, standard deviation and quantiles are those of the mixture of
+    `n_paths` normals at each time, one for each path, given what is known of the
+    series. Paths are drawn with the same quasi-random numbers for all series and calls,
+    so that the forecast of a series depends on no other and is the same each time.
+    Intervals count the noise of an observation and what is not known of the state, but
+    not what is not known of the weights: far beyond what training has seen they may be
+    too narrow. Each is about one value at one time; `sample_paths` draws all rows of a
+    series jointly, for questions about several at once.
+
+    References
+    ----------
+    .. [1] Chen, Rubanova, Bettencourt & Duvenaud (2018). Neural ordinary differential
+       equations. arXiv:1806.07366.
+    .. [2] Rubanova, Chen & Duvenaud (2019). Latent ODEs for irregularly-sampled time
+       series. arXiv:1907.03907.
+    .. [3] Kingma & Welling (2014). Auto-encoding variational Bayes. arXiv:1312.6114.
+    .. [4] Burda, Grosse & Salakhutdinov (2016). Importance weighted autoencoders.
+       arXiv:1509.00519.
+    .. [5] Sarkka & Garcia-Fernandez (2021). Temporal parallelization of Bayesian
+       smoothers. arXiv:1905.13002.
+
+    Examples
+    --------
+    One series, at times as they came:
+
+    >>> import numpy as np
+    >>> import pandas as pd
+    >>> from skode import LatentODEForecaster
+    >>> hours = np.sort(np.random.default_rng(0).uniform(0, 48, size=50))
+    >>> stamps = pd.Timestamp("2024-05-01") + pd.to_timedelta(hours, unit="h")
+    >>> level = pd.Series(np.sin(hours / 4), index=stamps, name="level").to_frame()
+    >>> quick = {"hidden_layer_sizes": (8,), "encoder_size": 8, "tol": 0}
+    >>> est = LatentODEForecaster(max_iter=2, random_state=0, **quick).fit(level)
+    >>> later = stamps[-1] + pd.to_timedelta(["7min", "3h"])
+    >>> est.predict(later).shape
+    (2, 1)
+    >>> est.predict_interval(later, coverage=0.9).columns.nlevels
+    2
+
+    Many series, and a new one given its first values:
+
+    >>> X = pd.DataFrame({"id": np.repeat(["a", "b"], 25), "hour": hours})
+    >>> y = pd.Series(np.sin(hours / 4), name="level")
+    >>> est = LatentODEForecaster(
+    ...     time="hour", series="id", max_iter=2, random_state=0, **quick
+    ... ).fit(X, y)
+    >>> new = pd.DataFrame({"id": ["c", "c"], "hour": [0.0, 2.0]})
+    >>> known = new.assign(level=[0.1, 0.5])
+    >>> len(est.predict(new.assign(hour=[5.0, 6.0]), history=known))
+    2
+    """
 
     _parameter_constraints = {
         **SHARED,
@@ -110,9 +396,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         event_times=None,
         unseen="prior",
         score_context=0.5,
-        n_paths=128,
+        n_paths=64,
         bound="predictive",
-        n_training_paths=2,
+        n_training_paths=4,
         consistency=0.3,
         standardize=True,
         solver="dopri5",
@@ -196,7 +482,37 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
 
     @fit_context(prefer_skip_nested_validation=True)
     def fit(self, X, y=None):
-        """Fit the model."""
+        """Fit the model.
+
+        Parameters
+        ----------
+        X : DataFrame, Series, Index or array-like of shape (n_rows, n_columns)
+            When, and of which series. Times are stamps, time differences or numbers, in
+            the index or in the column `time`; series are told by the outer level of the
+            index or the column `series`. All other columns are covariates, known at
+            every time; without `y`, they are the channels. Of an array, the first
+            column is time. Rows may come in any order; rows of a series at one time are
+            one, with the means of their values.
+        y : Series, DataFrame or array-like of shape (n_rows,) or \
+                (n_rows, n_channels), default=None
+            What was observed; NaN: not observed. None: the columns of X, beside times
+            and series.
+
+        Returns
+        -------
+        self : LatentODEForecaster
+            The fitted estimator.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If X or y does not say what it must: no times, as of a frame whose index
+            only counts rows, missing ones, covariates with gaps, nothing observed. The
+            message says how to give it.
+        DivergenceError
+            If the loss stopped being finite and lower learning rates did not help, or
+            if no epoch succeeded; the best weights are kept.
+        """
         integration(self)  # what cannot be solved is refused before anything is read
         fresh = not (self.warm_start and hasattr(self, "module_"))
         device = resolve_device(self.device)
@@ -234,7 +550,40 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return self
 
     def predict(self, X, *, return_std=False, history=None):
-        """Forecast the mean."""
+        """Forecast the mean of each row.
+
+        Parameters
+        ----------
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            Times, series and covariates as in `fit`: future times, past ones, and times
+            between observations. An index of times will do where X has nothing else.
+        return_std : bool, default=False
+            Whether to return the standard deviation, too.
+        history : DataFrame, array-like or tuple (X, y), default=None
+            Observations of series that were not seen in `fit`, or other ones of those
+            that were: they stand in place of what `fit` and `observe` saw of these
+            series. A frame has the channels beside the columns of X, an array last.
+
+        Returns
+        -------
+        mean : Series, DataFrame or ndarray, of shape (n_rows,) or (n_rows, n_channels)
+            In y's kind and units, with X's index and y's columns.
+        std : Series, DataFrame or ndarray, of the same shape
+            Of an observation, noise included. With `return_std`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If X or `history` is not laid out as in `fit`, or a series is unknown and
+            ``unseen="raise"``.
+        SolverError
+            If a path needs more than `max_steps` steps.
+
+        Warns
+        -----
+        SolverWarning
+            If a series is unknown, and forecast from the prior.
+        """
         self._ready()
         mean, std = self._forecast(
             *self._questions(X, history), lambda found: (found.mean(), found.std())
@@ -245,13 +594,59 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return mean, self.layout_.give(X, std * self.units_.std)
 
     def predict_quantiles(self, X, quantiles=(0.05, 0.5, 0.95), *, history=None):
-        """Forecast quantiles."""
+        """Forecast quantiles of each row.
+
+        Parameters
+        ----------
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            See `predict`.
+        quantiles : float or array-like of shape (n_quantiles,), \
+                default=(0.05, 0.5, 0.95)
+            Levels between 0 and 1.
+        history : DataFrame, array-like or tuple (X, y), default=None
+            See `predict`.
+
+        Returns
+        -------
+        values : DataFrame, or ndarray of shape (n_rows, n_quantiles) or \
+                (n_rows, n_channels, n_quantiles)
+            Of a Series y, a frame with a column for each level; of a frame, one with
+            the level "quantile" below y's columns; of an array, an axis at its end.
+
+        Raises
+        ------
+        TypeError, ValueError, SolverError
+            As `predict`, and if a level does not lie between 0 and 1.
+        """
         self._ready()
         levels = _levels(quantiles)
         return self._quantiles(X, *self._questions(X, history), levels)
 
     def predict_interval(self, X, coverage=0.9, *, history=None):
-        """Forecast central intervals."""
+        """Forecast an interval for each row.
+
+        It leaves out (1 - coverage) / 2 of the probability on either side, of each
+        channel and time by itself.
+
+        Parameters
+        ----------
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            See `predict`.
+        coverage : float, default=0.9
+            Probability of an observation to lie in its interval, between 0 and 1.
+        history : DataFrame, array-like or tuple (X, y), default=None
+            See `predict`.
+
+        Returns
+        -------
+        bounds : DataFrame, or ndarray of shape (n_rows, 2) or (n_rows, n_channels, 2)
+            Two quantiles, as `predict_quantiles` returns them.
+
+        Raises
+        ------
+        TypeError, ValueError, SolverError
+            As `predict`, and if `coverage` does not lie between 0 and 1.
+        """
         self._ready()
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie between 0 and 1, got {coverage}.")
@@ -260,7 +655,35 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return self._quantiles(X, *self._questions(X, history), levels)
 
     def sample_paths(self, X, n_paths=100, *, history=None, random_state=None):
-        """Draw possible observations, jointly over the rows of each series."""
+        """Draw possible observations, jointly over the rows of each series.
+
+        For questions about several times or channels at once: the largest value of a
+        week, a sum, when a threshold is first crossed. Noise is drawn, too. Series are
+        drawn independently of each other, given what is known of them.
+
+        Parameters
+        ----------
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            See `predict`.
+        n_paths : int, default=100
+            How many draws.
+        history : DataFrame, array-like or tuple (X, y), default=None
+            See `predict`.
+        random_state : int, RandomState instance or None, default=None
+            Of the draws.
+
+        Returns
+        -------
+        paths : DataFrame, or ndarray of shape (n_paths, n_rows) or \
+                (n_paths, n_rows, n_channels)
+            Of pandas' kinds of y, a frame with the level "path" of columns, below those
+            of a frame.
+
+        Raises
+        ------
+        TypeError, ValueError, SolverError
+            As `predict`.
+        """
         self._ready()
         check_scalar(n_paths, "n_paths", Integral, min_val=1)
         how = integration(self)
@@ -277,7 +700,26 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return self.layout_.give_paths(X, self.units_.values(np.moveaxis(paths, 1, 0)))
 
     def intensity(self, X, *, history=None):
-        """Return how many observations are expected per day, or unit of numeric times."""
+        """Return how many rows are expected per day, or unit of numeric times.
+
+        Parameters
+        ----------
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            See `predict`.
+        history : DataFrame, array-like or tuple (X, y), default=None
+            See `predict`.
+
+        Returns
+        -------
+        intensity : Series or ndarray of shape (n_rows,)
+            The mean over paths, per day where times are stamps or time differences, per
+            unit where they are numbers.
+
+        Raises
+        ------
+        TypeError, ValueError, SolverError
+            As `predict`, and if the model was fitted with ``event_times=None``.
+        """
         self._ready()
         if self.module_.shape.events is False:
             raise ValueError(
@@ -297,7 +739,34 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return self.layout_.give_one(X, rates, "intensity")
 
     def score_samples(self, X, y=None, *, history=None):
-        """Return the log-density of each row's observation given what came before."""
+        """Compute the log-density of each row's observation given what came before.
+
+        Parameters
+        ----------
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            See `fit`.
+        y : Series, DataFrame or array-like, default=None
+            What was observed; None: columns of X, if it was so in `fit`.
+        history : DataFrame, array-like or tuple (X, y), default=None
+            See `predict`.
+
+        Returns
+        -------
+        log_density : Series or ndarray of shape (n_rows,)
+            In nats, in the units of y: the sum over the channels that were observed, 0
+            where none was. A row is given all rows of its series at earlier times,
+            those of X among them.
+
+        Raises
+        ------
+        TypeError, ValueError, SolverError
+            As `predict`, and if there is no y and X does not hold the channels.
+
+        Notes
+        -----
+        Each row is read with a context of its own, which costs as much as a forecast
+        of a series.
+        """
         self._ready()
         table = self.layout_.read_observations(X, y)
         known, new = self._known(history), table.histories()
@@ -320,7 +789,33 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return self.layout_.give_one(X, np.array(found), "log_density")
 
     def score(self, X, y=None, *, history=None):
-        """Return the mean predictive log-density of an observed value."""
+        """Return the mean predictive log-density of an observed value.
+
+        A series of which more is known than the rows of X, by `fit`, `observe` or
+        `history`, is conditioned on that; any other on its first `score_context` of
+        rows, of which the rest is scored.
+
+        Parameters
+        ----------
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            See `fit`.
+        y : Series, DataFrame or array-like, default=None
+            What was observed; None: columns of X, if it was so in `fit`.
+        history : DataFrame, array-like or tuple (X, y), default=None
+            See `predict`.
+
+        Returns
+        -------
+        score : float
+            In nats, of values in units of the training data's standard deviations, so
+            that channels count alike. A standard normal forecast of standard normal
+            values has -1.42.
+
+        Raises
+        ------
+        TypeError, ValueError, SolverError
+            As `score_samples`, and if nothing is left to be scored.
+        """
         self._ready()
         table = self.layout_.read_observations(X, y)
         known, new = self._known(history), table.histories()
@@ -344,7 +839,26 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         return sum(float(value.sum()) for value in density.values()) / seen
 
     def observe(self, X, y=None):
-        """Take note of more observations, without refitting."""
+        """Take note of more observations, without refitting.
+
+        Parameters
+        ----------
+        X : DataFrame, Index or array-like of shape (n_rows, n_columns)
+            See `fit`. Series may be new.
+        y : Series, DataFrame or array-like, default=None
+            What was observed; None: columns of X, if it was so in `fit`.
+
+        Returns
+        -------
+        self : LatentODEForecaster
+            The estimator, which forecasts from these observations, too. At a time that
+            was known already, the mean of old and new values counts.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If X or y is not laid out as in `fit`.
+        """
         self._ready()
         table = self.layout_.read_observations(X, y)
         joined = {}

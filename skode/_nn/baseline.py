@@ -99,7 +99,9 @@ class Baseline:
     def at(self, times: Tensor, coefficients: Tensor) -> Tensor:
         """Return (B, ..., T, C) in the dtype of the times, of (B, ..., C, R)."""
         terms = self.terms(times)
-        terms = terms.view(len(terms), *(1,) * (coefficients.ndim - 3), *terms.shape[1:])
+        terms = terms.view(
+            len(terms), *(1,) * (coefficients.ndim - 3), *terms.shape[1:]
+        )
         return (terms @ coefficients.transpose(-1, -2)).to(times.dtype)
 
 
@@ -120,7 +122,8 @@ class Regression:
         away = torch.linalg.solve_triangular(
             self.factor.transpose(-1, -2)[:, None], noise, upper=True
         )
-        return self.mean[:, None] + self.scale[:, None, :, None] * away[..., 0]
+        spread: Tensor = self.scale[:, None, :, None] * away[..., 0]
+        return self.mean[:, None] + spread
 
 
 def _gaps(times: Tensor) -> Tensor:
