@@ -111,7 +111,18 @@ def learns_a_path(est, histories: Sequence[History], windows: Windows) -> bool:
 
 
 def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
-    """Return how records are cut, from the parameters and from what forecasts them."""
+    """Return how records are cut, from the parameters and from what forecasts them.
+
+    Raises
+    ------
+    ValueError
+        If a span is none, or there shall be no path where one is needed.
+    """
+    if est.path is False and est.event_times is not None:
+        raise ValueError(
+            f"event_times={est.event_times!r} needs a path, which the intensity is "
+            "read off: set path='auto', or event_times=None."
+        )
     context = seconds(est.context, in_seconds, "context")
     horizon = seconds(est.horizon, in_seconds, "horizon")
     named = est.seasonality is None or isinstance(est.seasonality, str)

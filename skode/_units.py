@@ -52,7 +52,10 @@ class Units:
 
 
 def measure(
-    histories: Sequence[History], standardize: bool, time: float | None
+    histories: Sequence[History],
+    standardize: bool,
+    time: float | None,
+    otherwise: float = 1.0,
 ) -> Units:
     """Return the units of these series.
 
@@ -64,6 +67,8 @@ def measure(
         Whether values and covariates get mean 0 and standard deviation 1.
     time : float or None
         Unit of time; None: the median span of the series.
+    otherwise : float, default=1.0
+        Unit where no series spans any time.
 
     Raises
     ------
@@ -73,7 +78,7 @@ def measure(
     if time is None:
         lengths = [float(h.times[-1] - h.times[0]) for h in histories if len(h) > 1]
         lengths = [length for length in lengths if length > 0]
-        time = float(np.median(lengths)) if lengths else 1.0
+        time = float(np.median(lengths)) if lengths else otherwise
     values = np.concatenate([history.values for history in histories])
     covariates = np.concatenate([history.covariates for history in histories])
     if standardize:

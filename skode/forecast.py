@@ -908,7 +908,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             self.module_.to(device, dtype)
             return
         windows = windows_of(self, histories, layout.seconds)
-        units = measure(histories, self.standardize, windows.context)
+        unit = _DAY if layout.seconds else 1.0
+        units = measure(histories, self.standardize, windows.context, unit)
         self._shape, self.windows_, self.units_ = shape, windows, units
         parts = Shape(
             layout.n_channels,

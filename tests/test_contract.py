@@ -17,9 +17,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import (
+    check_methods_sample_order_invariance,
+    check_methods_subset_invariance,
+    parametrize_with_checks,
+)
 
-from skode import CNFDensityEstimator, ODEClassifier, ODERegressor
+from skode import (
+    CNFDensityEstimator,
+    LatentODEForecaster,
+    ODEClassifier,
+    ODERegressor,
+)
+from tests.panels import forecaster
 from tests.tables import Spring, blobs, classifier, curve, density, moons, regressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -59,6 +69,57 @@ def test_scikit_learn_accepts_a_small_net(estimator, check):
 @pytest.mark.filterwarnings("ignore:X has .* too few rows:UserWarning")
 def test_scikit_learn_accepts_a_small_flow(estimator, check):
     check(estimator)
+
+
+FORECASTERS = (
+    {},
+    {"path": True, "trend": None, "bound": "iwae"},
+    {"path": False, "trend": "linear"},
+    {
+        "encoder": "ode_rnn",
+        "event_times": "poisson",
+        "context": 2.0,
+        "noise": "constant",
+        "persistence": False,
+        "consistency": 0.0,
+    },
+)
+
+
+def failures_of_forecasters(estimator):
+    """Return which checks fail, and why they must."""
+    density = "score_samples wants y, which these checks do not pass to it"
+    return {
+        "check_methods_sample_order_invariance": density,
+        "check_methods_subset_invariance": density,
+    }
+
+
+@parametrize_with_checks(
+    [forecaster(max_iter=1, dtype="float64", **variant) for variant in FORECASTERS],
+    expected_failed_checks=failures_of_forecasters,
+)
+def test_scikit_learn_accepts_a_small_forecaster(estimator, check):
+    check(estimator)
+
+
+class WithoutDensity(LatentODEForecaster):
+    """A forecaster whose predictions alone are looked at."""
+
+    @property
+    def score_samples(self):
+        raise AttributeError("hidden")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_methods_sample_order_invariance, check_methods_subset_invariance],
+    ids=lambda check: check.__name__,
+)
+@pytest.mark.parametrize("variant", FORECASTERS, ids=["auto", "path", "trend", "more"])
+def test_scikit_learn_finds_forecasts_of_rows_apart(variant, check):
+    params = forecaster(max_iter=1, **variant).get_params()
+    check("LatentODEForecaster", WithoutDensity(**params))
 
 
 @pytest.mark.slow

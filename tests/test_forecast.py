@@ -46,10 +46,10 @@ def panel():
     return fitted(forecaster(time="t", series="who", max_iter=10), X, Y)
 
 
-@pytest.fixture(scope="module")
-def one():
-    """Return a forecaster of one series with stamps."""
-    return fitted(forecaster(), RECORD)
+@pytest.fixture(scope="module", params=[True, False], ids=["path", "trend"])
+def one(request):
+    """Return a forecaster of one series with stamps; no test may change it."""
+    return fitted(forecaster(path=request.param), RECORD)
 
 
 @pytest.fixture(scope="module")
@@ -780,10 +780,11 @@ def test_many_series_are_watched_on_some_of_them():
 
 
 def test_a_long_record_is_watched_on_its_end():
-    assert len(fitted(forecaster(), RECORD).validation_scores_) == 3
-    assert fitted(forecaster(), RECORD.iloc[:40]).validation_scores_ is None
-    kept = forecaster(early_stopping=False)
-    assert fitted(kept, RECORD).validation_scores_ is None
+    model = forecaster(path=True)
+    assert len(fitted(model, RECORD).validation_scores_) == 3
+    assert fitted(model, RECORD.iloc[:40]).validation_scores_ is None
+    model.set_params(early_stopping=False)
+    assert fitted(model, RECORD).validation_scores_ is None
 
 
 # ----------------------------------------------------------------------------- windows
@@ -832,11 +833,40 @@ def test_spans_of_numbers_are_numbers():
         forecaster(time="t", series="who", context="7D").fit(X, Y)
 
 
-def test_a_season_is_found_and_continued():
+def test_few_windows_are_no_reason_for_a_path():
+    line = pd.Series(np.arange(40.0), index=pd.Index(np.arange(40.0), name="t"))
+    line += np.random.default_rng(0).standard_normal(40)
+    short = {"context": 10.0, "horizon": 10.0, "trend": "linear"}
+    model = fitted(forecaster(**short), line)
+    assert not model.has_path_ and model.loss_curve_ == []
+    later = pd.Index([45.0, 60.0], name="t")
+    mean, std = model.predict(later, return_std=True)
+    np.testing.assert_allclose(mean, later, atol=8)
+    assert std.iloc[1] > std.iloc[0] > 0
+    dose = pd.DataFrame({"dose": 1.0}, index=line.index)
+    assert fitted(forecaster(**short, path=True), line).has_path_
+    assert fitted(forecaster(**short, event_times="poisson"), line).has_path_
+    assert fitted(forecaster(**short), dose, line).has_path_
+    with pytest.raises(ValueError, match="event_times='poisson' needs a path"):
+        forecaster(**short, path=False, event_times="poisson").fit(line)
+
+
+def test_a_path_may_follow_a_fit_without_one():
+    model = forecaster(path=False, trend="linear", warm_start=True)
+    plain = fitted(model, RECORD).predict(LATER)
+    with pytest.raises(ValueError, match="path cannot change"):
+        model.set_params(path=True).fit(RECORD)
+    model.set_params(warm_start=False)
+    assert not np.isclose(fitted(model, RECORD).predict(LATER), plain).all()
+
+
+@pytest.mark.parametrize("path", [True, False])
+def test_a_season_is_found_and_continued(path):
     days = np.arange(0, 24, 0.25)
     index = pd.Timestamp("2024-01-01") + pd.to_timedelta(days, unit="D")
     week = pd.DataFrame({"a": 10 + 3 * np.sin(2 * np.pi * days / 7)}, index=index)
-    model = fitted(forecaster(max_iter=2), week)
+    model = fitted(forecaster(max_iter=2, path=path), week)
+    assert model.has_path_ == path
     assert 7 * 86400.0 in model.windows_.periods
     later = days[-1] + np.arange(1, 8)
     found = model.predict(index[0] + pd.to_timedelta(later, unit="D"))["a"]

@@ -258,7 +258,11 @@ class LatentODE(nn.Module):
             base = self.baseline.at(context.times, split.regression.mean)
             left = replace(context, values=(context.values - base) * context.mask)
         posterior = self.posterior(*readable(left, length), how)
-        states = self.states(posterior.draw(z_noise), batch.times, how)
+        z0 = posterior.draw(z_noise)
+        if self.muted:  # nobody asks where the path goes
+            states = z0[:, :, None].expand(-1, -1, batch.times.shape[1], -1)
+        else:
+            states = self.states(z0, batch.times, how)
         emission = self.emit(states, batch.covariates)
         if self.muted:
             assert split.regression is not None, "without a path there is a baseline"
