@@ -65,8 +65,9 @@ def _stretches(times: np.ndarray, history: History, span: float | None):
         return
     end, half = history.times[-1], span / 2
     # Stretch 0 is the last one; stretch j covers half a span, and sees one around it.
-    stretch = np.maximum(0, np.ceil((end - half - times) / half)).astype(np.int64)
-    stretch = np.minimum(stretch, np.ceil((end - history.times[0]) / half))
+    # No older one than that of the first row: integers do not reach to all times.
+    oldest = np.ceil((end - history.times[0]) / half)
+    stretch = np.clip(np.ceil((end - half - times) / half), 0, oldest).astype(np.int64)
     for number in np.unique(stretch):
         rows = np.flatnonzero(stretch == number)
         if number == 0:

@@ -57,11 +57,11 @@ SHARED = {
 """Constraints of the parameters, as scikit-learn reads them."""
 
 
-def widths_of(sizes):
+def widths_of(sizes, name="hidden_layer_sizes"):
     """Return the widths of the hidden layers; a number is one layer."""
     widths = (sizes,) if isinstance(sizes, Integral) else tuple(sizes)
     if not all(isinstance(width, Integral) and width > 0 for width in widths):
-        raise ValueError(f"hidden_layer_sizes must hold integers above 0, got {sizes}.")
+        raise ValueError(f"{name} must hold integers above 0, got {sizes}.")
     return tuple(int(width) for width in widths)
 
 

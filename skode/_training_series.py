@@ -108,7 +108,8 @@ def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
     """Return how records are cut, from the parameters and from what forecasts them."""
     context = seconds(est.context, in_seconds, "context")
     horizon = seconds(est.horizon, in_seconds, "horizon")
-    given = () if est.seasonality in ("auto", None) else est.seasonality
+    named = est.seasonality is None or isinstance(est.seasonality, str)
+    given = () if named else est.seasonality
     given = tuple(seconds(period, in_seconds, "seasonality") for period in given)
     few = len(histories) < _FEW_SERIES
     simplest = "none" if est.path is not False else "level"
@@ -118,9 +119,10 @@ def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
     }.get(est.trend, (est.trend,))
     record = float(np.median([h.times[-1] - h.times[0] for h in histories]))
     if not record > 0:
-        return Windows(context, horizon, trends[0], given)
+        # No time passes in most series, and pieces reach as far as contexts.
+        return Windows(context, horizon or context, trends[0], given)
     seasons = [given]
-    if est.seasonality == "auto":
+    if named and est.seasonality:
         seasons = subsets(_calendar(histories, record) if few and in_seconds else ())
     if not few and context is None and len(trends) * len(seasons) == 1:
         return Windows(None, horizon, trends[0], seasons[0])

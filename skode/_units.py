@@ -64,6 +64,11 @@ def measure(
         Whether values and covariates get mean 0 and standard deviation 1.
     time : float or None
         Unit of time; None: the median span of the series.
+
+    Raises
+    ------
+    ValueError
+        If a variance overflows.
     """
     if time is None:
         lengths = [float(h.times[-1] - h.times[0]) for h in histories if len(h) > 1]
@@ -74,6 +79,11 @@ def measure(
     if standardize:
         mean, std = _observed_moments(values)
         moments = weighted_moments(covariates, np.ones(len(covariates)))
+        if not all(np.isfinite(part).all() for part in (mean, std, *moments)):
+            raise ValueError(
+                "Values of X or y are so large that their variance overflows: rescale "
+                "them, or take logarithms."
+            )
     else:
         mean, std = np.zeros(values.shape[1]), np.ones(values.shape[1])
         moments = np.zeros(covariates.shape[1]), np.ones(covariates.shape[1])

@@ -2,11 +2,12 @@
 
 import warnings
 from dataclasses import replace
+from numbers import Integral
 
 import numpy as np
 import torch
 from sklearn.base import RegressorMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, check_scalar
 from sklearn.utils.validation import check_is_fitted
 from torch.quasirandom import SobolEngine
 
@@ -26,6 +27,7 @@ from skode._conditioning import questions_of
 from skode._nn.fields import ACTIVATIONS
 from skode._nn.latent import READERS, LatentODE, Shape
 from skode._nn.latent_training import BOUNDS, LatentObjective, Plan, evaluate
+from skode._nn.predictive import Mixture
 from skode._parameters import (
     SHARED,
     check_same_shape,
@@ -474,6 +476,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         tags.target_tags.required = False
         tags.target_tags.multi_output = True
         tags.input_tags.allow_nan = False
+        # `score` is a log-density, not the R2 that scikit-learn has a threshold for.
+        tags.regressor_tags.poor_score = True
         return tags
 
     @fit_context(prefer_skip_nested_validation=True)
@@ -514,11 +518,12 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         device = resolve_device(self.device)
         dtype = getattr(torch, self.dtype)
         layout, table = learn(X, y, self.time, self.series, owner=type(self).__name__)
-        self._set_layout(layout)
-        self.histories_ = table.histories()
+        known = table.histories()
+        histories = _in_order(known)
         with seeded(self.random_state, device) as generator:
-            self._begin(device, dtype, generator, fresh)
-            histories = _in_order(self.histories_)
+            self._begin(layout, histories, device, dtype, generator, fresh)
+            self._set_layout(layout)
+            self.histories_ = known
             self.has_path_ = learns_a_path(self, histories, self.windows_)
             if not self.has_path_:
                 return self._without_path()
@@ -581,7 +586,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """
         self._ready()
         mean, std = self._forecast(
-            X, history, lambda found: (found.mean(), found.std())
+            *self._questions(X, history), lambda found: (found.mean(), found.std())
         )
         mean = self.layout_.give(X, self.units_.values(mean))
         if not return_std:
@@ -615,11 +620,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """
         self._ready()
         levels = _levels(quantiles)
-        found = self._forecast(
-            X, history, lambda found: [found.quantile(level) for level in levels]
-        )
-        values = np.stack([self.units_.values(level) for level in found], axis=-1)
-        return self.layout_.give_quantiles(X, values, levels)
+        return self._quantiles(X, *self._questions(X, history), levels)
 
     def predict_interval(self, X, coverage=0.9, *, history=None):
         """Forecast an interval for each row.
@@ -646,10 +647,12 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         TypeError, ValueError, SolverError
             As `predict`, and if `coverage` does not lie between 0 and 1.
         """
+        self._ready()
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie between 0 and 1, got {coverage}.")
         tail = (1 - coverage) / 2
-        return self.predict_quantiles(X, (tail, 1 - tail), history=history)
+        levels = [tail, 1 - tail]
+        return self._quantiles(X, *self._questions(X, history), levels)
 
     def sample_paths(self, X, n_paths=100, *, history=None, random_state=None):
         """Draw possible observations, jointly over the rows of each series.
@@ -682,6 +685,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             As `predict`.
         """
         self._ready()
+        check_scalar(n_paths, "n_paths", Integral, min_val=1)
         how = integration(self)
         seed = check_random_state(random_state).randint(2**31 - 1)
         generator = torch.Generator().manual_seed(int(seed))
@@ -691,7 +695,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             paths = self.module_.paths(context, asked, n_paths, generator, how)
             return paths.transpose(1, 2)
 
-        paths = self._in_rows(table, self._answers(table.queries(), questions, answer))
+        found = self._answers(table.queries(), questions, answer, n_paths)
+        paths = self._in_rows(table, found)
         return self.layout_.give_paths(X, self.units_.values(np.moveaxis(paths, 1, 0)))
 
     def intensity(self, X, *, history=None):
@@ -727,7 +732,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         def answer(context, asked):
             return self.module_.intensity(context, asked, noise, how)
 
-        rates = self._in_rows(table, self._answers(table.queries(), questions, answer))
+        found = self._answers(table.queries(), questions, answer, self.n_paths)
+        rates = self._in_rows(table, found)
         per = _DAY if self.layout_.seconds else 1.0
         rates = rates * (per / self.units_.time)
         return self.layout_.give_one(X, rates, "intensity")
@@ -771,14 +777,16 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             for row in range(len(asked)):
                 rows[key, row] = asked.take(slice(row, row + 1))
                 contexts[key, row] = every.before(asked.exact[row].item())
-        density = self._log_densities(rows, contexts, _SCORED_PATHS)
-        by_row = [value.sum(axis=1) for value in density.values()]
-        where = {key: row for row, key in enumerate(rows)}
+        # Channels are apart given the path alone: a row's density is that of all of it.
+        density = self._log_densities(
+            rows, contexts, _SCORED_PATHS, Mixture.log_density_of_rows
+        )
         order = [
-            where[table.keys[code], position]
+            (table.keys[code], position)
             for code, position in zip(table.codes, table.positions, strict=True)
         ]
-        return self.layout_.give_one(X, np.concatenate(by_row)[order], "log_density")
+        found = [density[at][0, 0] - self._log_units(rows[at])[0] for at in order]
+        return self.layout_.give_one(X, np.array(found), "log_density")
 
     def score(self, X, y=None, *, history=None):
         """Return the mean predictive log-density of an observed value.
@@ -821,19 +829,14 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
                 own, asked = asked.take(slice(first)), asked.take(slice(first, None))
             if len(asked):
                 rows[key], contexts[key] = asked, own
-        density = self._log_densities(rows, contexts, self.n_paths)
+        density = self._log_densities(rows, contexts, self.n_paths, _of_values)
         seen = sum(int((~np.isnan(asked.values)).sum()) for asked in rows.values())
         if not seen:
             raise ValueError(
                 "There is nothing to score: no value was observed after the first "
                 f"score_context={self.score_context} of each series' rows."
             )
-        total = sum(float(value.sum()) for value in density.values())
-        units = sum(
-            float((~np.isnan(asked.values) * np.log(self.units_.std)).sum())
-            for asked in rows.values()
-        )
-        return (total + units) / seen
+        return sum(float(value.sum()) for value in density.values()) / seen
 
     def observe(self, X, y=None):
         """Take note of more observations, without refitting.
@@ -858,12 +861,11 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """
         self._ready()
         table = self.layout_.read_observations(X, y)
+        joined = {}
         for key, history in table.histories().items():
             known = self.histories_.get(key)
-            self.histories_ = {
-                **self.histories_,
-                key: history if known is None else known.join(history),
-            }
+            joined[key] = history if known is None else known.join(history)
+        self.histories_ = {**self.histories_, **joined}
         return self
 
     def _ready(self):
@@ -877,19 +879,27 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
 
-    def _begin(self, device, dtype, generator, fresh):
+    def _begin(self, layout, histories, device, dtype, generator, fresh):
         """Set the units, the windows and an untrained net, or keep those there are."""
-        layout, histories = self.layout_, _in_order(self.histories_)
         shape = {
             "hidden_layer_sizes": widths_of(self.hidden_layer_sizes),
             "activation": self.activation,
             "latent_dim": self.latent_dim,
             "encoder": self.encoder,
             "encoder_size": self.encoder_size,
-            "decoder_layer_sizes": widths_of(self.decoder_layer_sizes),
+            "decoder_layer_sizes": widths_of(
+                self.decoder_layer_sizes, "decoder_layer_sizes"
+            ),
             "noise": self.noise,
             "persistence": self.persistence,
             "event_times": self.event_times,
+            "standardize": self.standardize,
+            "context": self.context,
+            "horizon": self.horizon,
+            "trend": self.trend,
+            "seasonality": self.seasonality,
+            "path": self.path,
+            "times": layout.clock.kind,
             "channels": layout.channel_names,
             "covariates": list(layout.covariates),
         }
@@ -897,10 +907,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             check_same_shape(self, shape)
             self.module_.to(device, dtype)
             return
-        self._shape = shape
-        self.windows_ = windows_of(self, histories, layout.seconds)
-        span = self.windows_.context
-        self.units_ = measure(histories, self.standardize, span)
+        windows = windows_of(self, histories, layout.seconds)
+        units = measure(histories, self.standardize, windows.context)
+        self._shape, self.windows_, self.units_ = shape, windows, units
         parts = Shape(
             layout.n_channels,
             layout.n_covariates,
@@ -1002,9 +1011,17 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             queries, known, self.windows_.context, self.layout_.n_channels
         )
 
-    def _forecast(self, X, history, summary):
+    def _quantiles(self, X, table, questions, levels):
+        found = self._forecast(
+            table,
+            questions,
+            lambda found: [found.quantile(level) for level in levels],
+        )
+        values = np.stack([self.units_.values(level) for level in found], axis=-1)
+        return self.layout_.give_quantiles(X, values, levels)
+
+    def _forecast(self, table, questions, summary):
         """Return summaries of each row's predictive distribution, each (n, C)."""
-        table, questions = self._questions(X, history)
         queries = table.queries()
         noise, how = self._noise(self.n_paths), integration(self)
 
@@ -1013,8 +1030,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
                 list(summary(self.module_.forecast(context, asked, noise, how))), dim=2
             )
 
-        found = self._in_rows(table, self._answers(queries, questions, answer))
-        return np.moveaxis(found, 1, 0)
+        found = self._answers(queries, questions, answer, self.n_paths)
+        return np.moveaxis(self._in_rows(table, found), 1, 0)
 
     @staticmethod
     def _in_rows(table, by_series):
@@ -1023,10 +1040,10 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         starts = np.cumsum([0, *map(len, answers)])[:-1]
         return np.concatenate(answers)[starts[table.codes] + table.positions]
 
-    def _log_densities(self, rows, known, n_paths):
-        """Return log-densities of values in the user's units, (n, C) by series.
+    def _log_densities(self, rows, known, n_paths, density):
+        """Return log-densities of standardised values by series, (n, ...).
 
-        0 where nothing was observed.
+        `density` takes predictive distributions, values and what of them is observed.
         """
         questions = self._asking(rows, known)
         noise, how = self._noise(n_paths), integration(self)
@@ -1034,21 +1051,19 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
 
         def answer(context, asked):
             found = self.module_.forecast(context, asked, noise, how)
-            density = found.log_density(asked.values)
-            return torch.where(asked.mask, density, 0.0)
+            return density(found, asked.values, asked.mask)
 
-        density = self._answers(values, questions, answer, values)
-        seen = {key: ~np.isnan(value) for key, value in values.items()}
-        return {
-            key: value - seen[key] * np.log(self.units_.std)
-            for key, value in density.items()
-        }
+        return self._answers(values, questions, answer, n_paths, values)
 
-    def _answers(self, queries, questions, answer, values=None):
+    def _log_units(self, rows):
+        """Return what values cost in the user's units beyond standard ones, (n,)."""
+        return (~np.isnan(rows.values) * np.log(self.units_.std)).sum(axis=1)
+
+    def _answers(self, queries, questions, answer, n_paths, values=None):
         """Return the answers to questions, put together by series: (n, ...)."""
         like = next(self.module_.parameters())
         found = {}
-        for part in _chunks(questions, self.n_paths):
+        for part in _chunks(questions, n_paths):
             asked = [question.queries for question in part]
             if values is not None:
                 asked = [
@@ -1076,13 +1091,24 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
 
 
 def _in_order(histories):
-    """Return series in an order that does not depend on the order of the rows."""
-    keys = list(histories)
-    try:
-        keys = sorted(keys)
-    except TypeError:
-        keys = sorted(keys, key=lambda key: (type(key).__name__, repr(key)))
-    return [histories[key] for key in keys]
+    """Return series in an order that their rows decide, not their names.
+
+    The bytes of a big-endian float that is not negative sort as the float does.
+    """
+    return sorted(
+        histories.values(),
+        key=lambda history: (
+            len(history),
+            history.times.astype(">f8").tobytes(),
+            history.values.tobytes(),
+            history.covariates.tobytes(),
+        ),
+    )
+
+
+def _of_values(found, values, mask):
+    """Return log-densities of each value apart, (B, Q, C); 0 where not observed."""
+    return torch.where(mask, found.log_density(values), 0.0)
 
 
 def _levels(quantiles):

@@ -99,7 +99,9 @@ class Baseline:
     def at(self, times: Tensor, coefficients: Tensor) -> Tensor:
         """Return (B, ..., T, C) in the dtype of the times, of (B, ..., C, R)."""
         terms = self.terms(times)
-        terms = terms.view(len(terms), *(1,) * (coefficients.ndim - 3), *terms.shape[1:])
+        terms = terms.view(
+            len(terms), *(1,) * (coefficients.ndim - 3), *terms.shape[1:]
+        )
         return (terms @ coefficients.transpose(-1, -2)).to(times.dtype)
 
 

@@ -27,6 +27,8 @@ from skode._series.batch import Batch
 __all__ = ["Emission", "LatentODE", "Shape"]
 
 _SMALLEST, _LARGEST = -6.0, 4.0  # of the logarithm of the scale
+_LARGEST_RATE = 30.0
+"""Of the logarithm: far from all observations, states may be of any size."""
 _LOG_TWO_PI = math.log(2 * math.pi)
 MOST_READ = 128
 """Rows of a context that a recognition network reads."""
@@ -143,7 +145,7 @@ class LatentODE(nn.Module):
         """Return the logarithm of the intensity of observations, (B, K, T)."""
         assert self.log_intensity is not None, "a model of event times has one"
         rate: Tensor = self.log_intensity(states)[..., 0]
-        return rate
+        return rate.clamp(-_LARGEST_RATE, _LARGEST_RATE)
 
     def log_density(
         self, batch: Batch, base: Tensor, emission: Emission, white: bool = False
@@ -272,7 +274,9 @@ class LatentODE(nn.Module):
 
     def parted(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return (..., D) and (1 or B, K, C, R) of noise (K, N) or (B, K, N)."""
-        z, base = noise.split((self.shape.latent, noise.shape[-1] - self.shape.latent), -1)
+        z, base = noise.split(
+            (self.shape.latent, noise.shape[-1] - self.shape.latent), -1
+        )
         shape = (self.shape.n_channels, self.baseline.n_terms)
         base = base.unflatten(-1, shape) if base.shape[-1] else base[..., None]
         return z, base if base.ndim == 4 else base[None]

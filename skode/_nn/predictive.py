@@ -34,8 +34,22 @@ class Mixture:
 
     def log_density(self, values: Tensor) -> Tensor:
         """Return log-densities of values (B, Q, C)."""
+        return self._mixed(self._of_each(values))
+
+    def log_density_of_rows(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Return log-densities of all values of a row that are in `mask`, (B, Q, 1).
+
+        Given the path they are independent, so that a row has one path.
+        """
+        log = self._of_each(values) * mask[:, None]
+        return self._mixed(log.sum(dim=3, keepdim=True))
+
+    def _of_each(self, values: Tensor) -> Tensor:
+        """Return log-densities of values by normal, (B, K, Q, C)."""
         standard = (values[:, None] - self.means) / self.stds
-        log = -0.5 * standard**2 - self.stds.log() - 0.5 * math.log(2 * math.pi)
+        return -0.5 * standard**2 - self.stds.log() - 0.5 * math.log(2 * math.pi)
+
+    def _mixed(self, log: Tensor) -> Tensor:
         return torch.logsumexp(log, dim=1) - math.log(self.means.shape[1])
 
     def quantile(self, level: float) -> Tensor:

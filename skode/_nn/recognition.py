@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from skode._nn.fields import MLPField
+from skode._nn.gru import Packing, last_state
 from skode._nn.integration import Integration
 from skode._series.batch import Batch
 
@@ -44,7 +45,8 @@ class Recognition(nn.Module):
     Parameters
     ----------
     reader : Module
-        (B, T, F) inputs and (B, T) gaps to (B, T, W): what is known after each row.
+        (B, T, F) inputs, (B, T) gaps and (B,) lengths to (B, W): what is known after
+        so many rows.
     latent : int
         Width D of the latent state.
     """
@@ -69,9 +71,8 @@ class Recognition(nn.Module):
         Times count from the first row. Of a series without rows, it is the prior.
         """
         inputs, gaps = backwards(batch, length)
-        known = self.reader(inputs, gaps, how)
-        last = (length - 1).clamp_min(0)[:, None, None].expand(-1, 1, known.shape[2])
-        mean, log_std = self.head(known.gather(1, last)[:, 0]).chunk(2, dim=1)
+        known = self.reader(inputs, gaps, length, how)
+        mean, log_std = self.head(known).chunk(2, dim=1)
         some = (length > 0)[:, None]
         return Posterior(mean * some, log_std.clamp(_SMALLEST, _LARGEST) * some)
 
@@ -107,14 +108,15 @@ class GRUReader(nn.Module):
         self.width = width
         self.gru = nn.GRU(n_inputs, width, batch_first=True)
 
-    def forward(self, inputs: Tensor, gaps: Tensor, how: Integration) -> Tensor:
-        """Return what is known after each row, (B, T, W)."""
-        known: Tensor = self.gru(inputs)[0]
-        return known
+    def forward(
+        self, inputs: Tensor, gaps: Tensor, length: Tensor, how: Integration
+    ) -> Tensor:
+        """Return what is known after the first `length` (B,) rows, (B, W)."""
+        return last_state(self.gru, inputs, length)
 
 
 class ODERNNReader(nn.Module):
-    """A hidden state that an ODE carries across gaps (Rubanova et al. 2019, eq. 4-5)."""
+    """A state that an ODE carries across gaps (Rubanova et al. 2019, eq. 4 and 5)."""
 
     def __init__(self, n_inputs: int, width: int) -> None:
         super().__init__()
@@ -122,15 +124,20 @@ class ODERNNReader(nn.Module):
         self.cell = nn.GRUCell(n_inputs, width)
         self.field = MLPField(width, (width,))
 
-    def forward(self, inputs: Tensor, gaps: Tensor, how: Integration) -> Tensor:
-        """Return what is known after each row, (B, T, W)."""
+    def forward(
+        self, inputs: Tensor, gaps: Tensor, length: Tensor, how: Integration
+    ) -> Tensor:
+        """Return what is known after the first `length` (B,) rows, (B, W)."""
         params = tuple(self.field.parameters())
+        packing = Packing.of(length, inputs.shape[1])
+        inputs, gaps = inputs[packing.order], gaps[packing.order]
         hidden = inputs.new_zeros(len(inputs), self.width)
-        known = []
-        for row, gap in zip(inputs.unbind(1), gaps.unbind(1), strict=True):
+        ended = []
+        for step, size in enumerate(packing.sizes):
+            ended.append(hidden[size:])
+            hidden, gap = hidden[:size], gaps[:size, step]
             if bool((gap > 0).any()):
                 times = torch.stack((torch.zeros_like(gap), gap), dim=1)
                 hidden = how.solve(self.field, hidden, times, params).y1
-            hidden = self.cell(row, hidden)
-            known.append(hidden)
-        return torch.stack(known, dim=1)
+            hidden = self.cell(inputs[:size, step], hidden)
+        return torch.cat((hidden, *reversed(ended)))[packing.order.argsort()]
