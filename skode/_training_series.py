@@ -43,16 +43,22 @@ class Windows:
     context: float | None
     """Span of what a forecast is conditioned on; None: all there is."""
     horizon: float | None
-    """How far training pieces reach beyond; None: to the end of the series."""
+    """How far training pieces reach beyond; None: to the end of the series, which is
+    so wherever contexts have no span."""
     trend: str
     periods: tuple[float, ...]
 
     def disjoint(self, histories: Sequence[History]) -> float:
         """Return into how many pieces the records fall that do not overlap."""
+        spans = [float(h.times[-1] - h.times[0]) for h in histories]
+        return sum(max(1.0, span / self.piece) for span in spans)
+
+    @property
+    def piece(self) -> float:
+        """Span of a training piece."""
         if self.context is None or self.horizon is None:
             return float("inf")
-        spans = sum(float(h.times[-1] - h.times[0]) for h in histories if len(h))
-        return spans / (self.context + self.horizon)
+        return self.context + self.horizon
 
     def baseline(self, unit: float) -> Baseline:
         """Return trend and seasons in units of time."""
@@ -157,7 +163,6 @@ class Panel:
     training: Batch
     watched: list[Piece]
     cutter: Cutter
-    windowed: bool
 
 
 def pieces_of(
@@ -173,10 +178,7 @@ def pieces_of(
 
     Of many series some are held out; of few long ones, their ends.
     """
-    windowed = windows.context is not None
-    window = float("inf")
-    if windowed:
-        window = (windows.context + windows.horizon) / units.time
+    window = windows.piece / units.time
     watched: list[Piece] = []
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
     if len(histories) >= _FEW_SERIES:
@@ -188,15 +190,13 @@ def pieces_of(
         training = units.batch([histories[i] for i in kept], device, dtype)
     else:
         training = units.batch(histories, device, dtype)
-        if windowed and holds_out(
-            est.early_stopping, max(map(len, histories)), _LEAST_ROWS
-        ):
-            record = float(training.times.max())
-            training, watched = ahead(
-                training,
-                min(windows.horizon / units.time, _HORIZON * record),
-                est.validation_fraction,
-                windows.context / units.time,
-            )
+        if holds_out(est.early_stopping, max(map(len, histories)), _LEAST_ROWS):
+            end = _HORIZON * float(training.times.max())
+            if windows.horizon is not None:
+                end = min(end, windows.horizon / units.time)
+            context = float("inf")
+            if windows.context is not None:
+                context = windows.context / units.time
+            training, watched = ahead(training, end, est.validation_fraction, context)
     cutter = Cutter(training, window, _MOST_ROWS, generator)
-    return Panel(training, watched, cutter, windowed)
+    return Panel(training, watched, cutter)

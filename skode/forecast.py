@@ -131,11 +131,11 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     score_context : float, default=0.5
         Share of the first rows of a series that `score` conditions on, where nothing
         else is known of it.
-    n_paths : int, default=128
+    n_paths : int, default=64
         Latent paths in the mixture of a forecast. May be changed after `fit`.
     bound : {"predictive", "elbo", "iwae"}, default="predictive"
         What `fit` maximises; see Notes.
-    n_training_paths : int, default=2
+    n_training_paths : int, default=4
         Latent paths of each training piece.
     consistency : float, default=0.3
         Weight of how far a path is from what its later observations alone say of it;
@@ -396,9 +396,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         event_times=None,
         unseen="prior",
         score_context=0.5,
-        n_paths=128,
+        n_paths=64,
         bound="predictive",
-        n_training_paths=2,
+        n_training_paths=4,
         consistency=0.3,
         standardize=True,
         solver="dopri5",

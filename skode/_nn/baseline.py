@@ -122,7 +122,8 @@ class Regression:
         away = torch.linalg.solve_triangular(
             self.factor.transpose(-1, -2)[:, None], noise, upper=True
         )
-        return self.mean[:, None] + self.scale[:, None, :, None] * away[..., 0]
+        spread: Tensor = self.scale[:, None, :, None] * away[..., 0]
+        return self.mean[:, None] + spread
 
 
 def _gaps(times: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ D latent state. Times are in units of a context's span, values standardised.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -86,17 +87,15 @@ class LatentODE(nn.Module):
             MLPField(shape.latent, shape.hidden, activation=shape.activation)
         )
         n_noises = shape.n_channels if shape.varying_noise else 0
-        self.decoder = perceptron(
-            shape.latent + shape.n_covariates,
-            shape.decoder,
-            shape.n_channels + n_noises,
-        )
+        widths = (shape.latent + shape.n_covariates, *shape.decoder)
+        last = nn.Linear(widths[-1], shape.n_channels + n_noises)
+        self.decoder = nn.Sequential(*hidden_layers(widths), last)
         self.log_noise = nn.Parameter(torch.full((shape.n_channels,), -1.0))
         with torch.no_grad():  # begin with a scale that does not vary
-            self.decoder[-1].weight[shape.n_channels :].mul_(0.1)
-            self.decoder[-1].bias.zero_()
+            last.weight[shape.n_channels :].mul_(0.1)
+            last.bias.zero_()
             if not baseline.empty:  # and with what the baseline says
-                self.decoder[-1].weight[: shape.n_channels].mul_(0.1)
+                last.weight[: shape.n_channels].mul_(0.1)
         self.residual = Residual(shape.n_channels, shape.persistent)
         self.register_buffer("muted", torch.zeros((), dtype=torch.bool))
         self.log_intensity = nn.Linear(shape.latent, 1) if shape.events else None
@@ -400,10 +399,9 @@ def autonomous(field: MLPField) -> MLPField:
     return field
 
 
-def perceptron(n_in: int, hidden: tuple[int, ...], n_out: int) -> nn.Sequential:
-    """Return layers with tanh between."""
+def hidden_layers(widths: tuple[int, ...]) -> list[nn.Module]:
+    """Return layers with tanh behind each."""
     layers: list[nn.Module] = []
-    for width in hidden:
-        layers += [nn.Linear(n_in, width), nn.Tanh()]
-        n_in = width
-    return nn.Sequential(*layers, nn.Linear(n_in, n_out))
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+    return layers

@@ -176,7 +176,7 @@ class Plan:
 
 
 class LatentObjective:
-    """The loss of a batch of pieces; it counts its calls to know how far it has come."""
+    """The loss of a batch of pieces; its calls tell how far the training has come."""
 
     def __init__(
         self,

@@ -55,12 +55,10 @@ class Recognition(nn.Module):
         super().__init__()
         self.reader = reader
         width: int = reader.width  # type: ignore[assignment]
-        self.head = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2 * latent)
-        )
+        last = nn.Linear(width, 2 * latent)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), last)
         self.latent = latent
         with torch.no_grad():  # begin close to the prior, a little narrower
-            last = self.head[-1]
             last.weight.mul_(0.3)
             last.bias.zero_()
             last.bias[latent:].sub_(1.0)
