@@ -197,7 +197,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         See `early_stopping`.
     warm_start : bool, default=False
         Whether `fit` goes on from the weights it finds, in their units. What shapes the
-        net cannot change then, nor can channels and covariates.
+        model cannot change then: widths, channels and covariates, how contexts are cut,
+        trend and seasons, `standardize`.
     random_state : int, RandomState instance or None, default=None
         Of the initial weights, the pieces, the paths and the held-out series.
     device : str, default="auto"
@@ -753,7 +754,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         Returns
         -------
         log_density : Series or ndarray of shape (n_rows,)
-            In nats, in the units of y: the sum over the channels that were observed, 0
+            In nats, in the units of y: of all channels that were observed, jointly; 0
             where none was. A row is given all rows of its series at earlier times,
             those of X among them.
 
