@@ -103,9 +103,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     path : bool or "auto", default="auto"
         Whether there is a latent path beside trend and seasons. Without, forecasts are
         those of the regression that each context does, with its uncertainty; nothing is
-        trained. "auto": there is one, unless a line or seasons are fitted to fewer than
-        20 series that fall into fewer than eight stretches of `context` and `horizon`.
-        Covariates and `event_times` always have one.
+        trained, and covariates are not read. "auto": there is one, unless a line or
+        seasons are fitted, without covariates and `event_times`, and the records fall
+        into fewer than eight stretches of `context` and `horizon`.
     latent_dim : int, default=10
         Width of the latent state.
     encoder : {"gru", "ode_rnn"}, default="gru"
@@ -197,7 +197,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         See `early_stopping`.
     warm_start : bool, default=False
         Whether `fit` goes on from the weights it finds, in their units. What shapes the
-        net cannot change then, nor can channels and covariates.
+        model cannot change then: widths, channels and covariates, how contexts are cut,
+        trend and seasons, `standardize`.
     random_state : int, RandomState instance or None, default=None
         Of the initial weights, the pieces, the paths and the held-out series.
     device : str, default="auto"
@@ -225,13 +226,13 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         Whether there is a latent path; see `path`.
     loss_curve_ : list of float
         Mean training loss of each epoch, in nats per value. Pieces get longer over the
-        first half, so it may rise there.
-    loss_ : float
+        first half, so it may rise there. Empty without a latent path.
+    loss_ : float or None
         The last of them.
-    best_loss_ : float
+    best_loss_ : float or None
         The least of them.
     n_iter_ : int
-        Number of epochs, the length of `loss_curve_`.
+        Number of epochs; 1 without a latent path.
     validation_scores_ : list of float or None
         Mean log-density per value of what was held out, given what came before, at each
         epoch with `early_stopping`; in standardised units.
@@ -753,7 +754,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         Returns
         -------
         log_density : Series or ndarray of shape (n_rows,)
-            In nats, in the units of y: the sum over the channels that were observed, 0
+            In nats, in the units of y: of all channels that were observed, jointly; 0
             where none was. A row is given all rows of its series at earlier times,
             those of X among them.
 
