@@ -109,8 +109,9 @@ def test_an_ode_rnn_without_motion_is_a_gru():
     for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
         getattr(plain.gru, f"{name}_l0").data = getattr(still.cell, name).data
     inputs, gaps = normal(2, 4, 5, seed=4), normal(2, 4, seed=5).abs()
+    length = torch.tensor([4, 2])
     torch.testing.assert_close(
-        still(inputs, gaps, EXACTLY), plain(inputs, gaps, EXACTLY)
+        still(inputs, gaps, length, EXACTLY), plain(inputs, gaps, length, EXACTLY)
     )
 
 
@@ -124,8 +125,10 @@ def test_an_ode_rnn_moves_by_its_field_between_rows():
         matrices = torch.matrix_exp(linear().matrix * gaps[:, row, None, None])
         hidden = net.cell(inputs[:, row], torch.einsum("bij,bj->bi", matrices, hidden))
         wanted.append(hidden)
-    found = net(inputs, gaps, EXACTLY)
-    torch.testing.assert_close(found, torch.stack(wanted, dim=1), rtol=1e-6, atol=1e-6)
+    for row, state in enumerate(wanted):
+        length = torch.full((2,), row + 1)
+        found = net(inputs, gaps, length, EXACTLY)
+        torch.testing.assert_close(found, state, rtol=1e-6, atol=1e-6)
 
 
 class _Field(torch.nn.Module):
