@@ -516,8 +516,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         ------
         TypeError, ValueError
             If X or y does not say what it must: no times, as of a frame whose index
-            only counts rows, missing ones, covariates with gaps, nothing observed. The
-            message says how to give it.
+            only counts rows, missing ones, covariates with gaps, nothing observed; if
+            parameters do not fit it, or each other. The message says what would.
         DivergenceError
             If the loss stopped being finite and lower learning rates did not help, or
             if no epoch succeeded; the best weights are kept.
