@@ -83,7 +83,7 @@ print(past.head(4).to_string(index=False))
 # quick.
 
 model = LatentODEForecaster(
-    time="day", series="patient", max_iter=80, tol=0, random_state=0
+    time="day", series="patient", max_iter=60, tol=0, random_state=0
 )
 model.fit(past[when], past[values])
 

@@ -26,7 +26,13 @@ from skode._border import (
 from skode._conditioning import questions_of
 from skode._nn.fields import ACTIVATIONS
 from skode._nn.latent import READERS, LatentODE, Shape
-from skode._nn.latent_training import BOUNDS, LatentObjective, Plan, evaluate
+from skode._nn.latent_training import (
+    BOUNDS,
+    LatentObjective,
+    Plan,
+    calibrate,
+    evaluate,
+)
 from skode._nn.predictive import Mixture
 from skode._parameters import (
     SHARED,
@@ -54,6 +60,8 @@ _GROWN = 0.5
 """Share of a fit before which no plateau is looked for: until then, pieces grow."""
 _VALIDATION_PATHS = 16
 _SCORED_PATHS = 64
+_CALIBRATED = 5
+"""Held-out series by which forecasts may be narrowed."""
 _DAY = 86400.0
 _AT_ONCE = 400_000
 """Rows times paths that are in memory together."""
@@ -103,9 +111,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     path : bool or "auto", default="auto"
         Whether there is a latent path beside trend and seasons. Without, forecasts are
         those of the regression that each context does, with its uncertainty; nothing is
-        trained. "auto": there is one, unless a line or seasons are fitted to fewer than
-        20 series that fall into fewer than eight stretches of `context` and `horizon`.
-        Covariates and `event_times` always have one.
+        trained, and covariates are not read. "auto": there is one, unless a line or
+        seasons are fitted, without covariates and `event_times`, and the records fall
+        into fewer than eight stretches of `context` and `horizon`.
     latent_dim : int, default=10
         Width of the latent state.
     encoder : {"gru", "ode_rnn"}, default="gru"
@@ -197,7 +205,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         See `early_stopping`.
     warm_start : bool, default=False
         Whether `fit` goes on from the weights it finds, in their units. What shapes the
-        net cannot change then, nor can channels and covariates.
+        model cannot change then: widths, channels and covariates, how contexts are cut,
+        trend and seasons, `standardize`.
     random_state : int, RandomState instance or None, default=None
         Of the initial weights, the pieces, the paths and the held-out series.
     device : str, default="auto"
@@ -225,13 +234,13 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         Whether there is a latent path; see `path`.
     loss_curve_ : list of float
         Mean training loss of each epoch, in nats per value. Pieces get longer over the
-        first half, so it may rise there.
-    loss_ : float
+        first half, so it may rise there. Empty without a latent path.
+    loss_ : float or None
         The last of them.
-    best_loss_ : float
+    best_loss_ : float or None
         The least of them.
     n_iter_ : int
-        Number of epochs, the length of `loss_curve_`.
+        Number of epochs; 1 without a latent path.
     validation_scores_ : list of float or None
         Mean log-density per value of what was held out, given what came before, at each
         epoch with `early_stopping`; in standardised units.
@@ -546,6 +555,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             finally:
                 self.module_.eval()
                 record(self, course)
+            self._calibrate(panel)
         warn_unfinished(self, course, bool(panel.watched))
         return self
 
@@ -686,13 +696,13 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """
         self._ready()
         check_scalar(n_paths, "n_paths", Integral, min_val=1)
-        how = integration(self)
+        noise, how = self._noise(self.n_paths), integration(self)
         seed = check_random_state(random_state).randint(2**31 - 1)
         generator = torch.Generator().manual_seed(int(seed))
         table, questions = self._questions(X, history)
 
         def answer(context, asked):
-            paths = self.module_.paths(context, asked, n_paths, generator, how)
+            paths = self.module_.paths(context, asked, n_paths, generator, noise, how)
             return paths.transpose(1, 2)
 
         found = self._answers(table.queries(), questions, answer, n_paths)
@@ -753,7 +763,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         Returns
         -------
         log_density : Series or ndarray of shape (n_rows,)
-            In nats, in the units of y: the sum over the channels that were observed, 0
+            In nats, in the units of y: of all channels that were observed, jointly; 0
             where none was. A row is given all rows of its series at earlier times,
             those of X among them.
 
@@ -905,7 +915,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         }
         if not fresh:
             check_same_shape(self, shape)
-            self.module_.to(device, dtype)
+            self.module_.to(device, dtype).width.fill_(1.0)
             return
         windows = windows_of(self, histories, layout.seconds)
         unit = _DAY if layout.seconds else 1.0
@@ -971,6 +981,20 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             return sum(total for total, _ in found) / max(1, sum(n for _, n in found))
 
         return score
+
+    def _calibrate(self, panel):
+        """Widen forecasts to what was held out; by one record, never narrow them."""
+        if not panel.watched:
+            return
+        least = 0.0 if len(panel.watched[0].rows) >= _CALIBRATED else 1.0
+        with torch.no_grad():
+            calibrate(
+                self.module_,
+                panel.watched,
+                self._noise(self.n_paths),
+                integration(self),
+                least,
+            )
 
     def _noise(self, n_paths):
         """Return standard normal draws (n_paths, N), evenly spread; of all series."""

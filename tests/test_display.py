@@ -14,7 +14,13 @@ from sklearn.neighbors import KernelDensity
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from skode import CNFDensityEstimator, DensityDisplay, FlowDisplay
+from skode import (
+    CNFDensityEstimator,
+    DensityDisplay,
+    FlowDisplay,
+    ForecastDisplay,
+    LatentODEForecaster,
+)
 from tests.tables import blobs, classifier
 
 QUICK = {
@@ -390,6 +396,239 @@ def test_wrong_arguments_of_a_flow(flows, wrong, message):
         FlowDisplay.from_estimator(flows[4], n_samples=5, **wrong)
 
 
+# ------------------------------------------------------------------ ForecastDisplay
+
+FORECASTER = {"latent_dim": 2, "encoder_size": 4, "n_paths": 16, **QUICK, "tol": 0}
+
+
+def record(n_rows=40, zone=None):
+    """Return two channels at odd times, of which the second has gaps."""
+    hours = np.sort(np.random.default_rng(0).uniform(0, 96, size=n_rows))
+    stamps = pd.Timestamp("2024-03-30", tz=zone) + pd.to_timedelta(hours, unit="h")
+    table = pd.DataFrame({"level": np.sin(hours), "flow": np.cos(hours)}, index=stamps)
+    table.loc[stamps[::3], "flow"] = np.nan
+    return table
+
+
+def visits():
+    """Return numeric times of three series, and one channel."""
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"id": np.repeat(["a", "b", "c"], 8), "day": rng.uniform(size=24)})
+    return X, pd.Series(rng.normal(size=24), name="dose")
+
+
+@pytest.fixture(scope="module")
+def sensors():
+    return LatentODEForecaster(context="1D", horizon="1D", **FORECASTER).fit(record())
+
+
+@pytest.fixture(scope="module")
+def clinic():
+    return LatentODEForecaster(time="day", series="id", **FORECASTER).fit(*visits())
+
+
+def seen_in(ax, label):
+    """Return the points of the line with a label, as numbers."""
+    (line,) = (line for line in ax.lines if line.get_label() == label)
+    return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+
+
+def test_a_forecast_has_a_panel_for_each_channel(sensors):
+    known = record()
+    later = known.index[-1] + pd.to_timedelta(np.arange(1, 30), unit="h")
+    display = ForecastDisplay.from_estimator(sensors, later, coverage=(0.9, 0.5))
+    assert display.coverage == [0.5, 0.9]
+    np.testing.assert_allclose(
+        display.median, sensors.predict_quantiles(later, [0.5]), rtol=1e-9
+    )
+    for place, coverage in enumerate(display.coverage):
+        bounds = sensors.predict_interval(later, coverage).to_numpy()
+        np.testing.assert_allclose(
+            display.intervals[place], bounds.reshape(-1, 2, 2), rtol=1e-9
+        )
+    np.testing.assert_array_equal(display.times, later.to_numpy())
+    assert display.observed is None
+    assert display.paths is None
+    # Ahead of what is known, its last context is drawn, and nothing where it is NaN.
+    last_day = known[known.index >= known.index[-1] - pd.Timedelta("1D")]
+    for ax, name in zip(display.ax_, ["level", "flow"], strict=True):
+        assert ax.get_ylabel() == name
+        assert len(ax.collections) == 2
+        times, values = seen_in(ax, "known")
+        seen = last_day[name].dropna()
+        np.testing.assert_array_equal(times, seen.index.to_numpy())
+        np.testing.assert_array_equal(values, seen)
+    assert display.figure_ is display.ax_[0].figure
+
+
+def test_bands_are_nested_and_the_widest_is_behind(sensors):
+    later = record().index[-1] + pd.to_timedelta(np.arange(1, 9), unit="h")
+    (ax, _) = ForecastDisplay.from_estimator(sensors, later).ax_
+    wide, narrow = (band.get_paths()[0].get_extents() for band in ax.collections)
+    assert wide.y0 < narrow.y0 < narrow.y1 < wide.y1
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["90 % interval", "50 % interval", "median", "known"]
+
+
+def test_observations_of_the_rows_are_drawn(sensors):
+    later = record()[::-1]  # in any order
+    later.index = later.index + pd.Timedelta("5D")
+    display = ForecastDisplay.from_estimator(sensors, later, channels="flow")
+    assert list(display.channel_names) == ["flow"]
+    np.testing.assert_array_equal(display.observed[:, 0], later["flow"][::-1])
+    times, values = seen_in(display.ax_, "observed")
+    seen = later["flow"][::-1].dropna()
+    np.testing.assert_array_equal(times, seen.index.to_numpy())
+    np.testing.assert_array_equal(values, seen)
+
+
+def test_past_forecasts_are_drawn_with_what_is_known_there(sensors):
+    known = record()
+    past = known.index[[10, 20]]
+    display = ForecastDisplay.from_estimator(sensors, past)
+    np.testing.assert_array_equal(display.known, known[10:21])
+
+
+def test_paths_are_drawn_jointly(sensors):
+    later = record().index[-1] + pd.to_timedelta(np.arange(1, 9), unit="h")
+    display = ForecastDisplay.from_estimator(
+        sensors, later, channels=[1], n_paths=3, random_state=0
+    )
+    expected = sensors.sample_paths(later, 3, random_state=0)["flow"].to_numpy()
+    np.testing.assert_array_equal(display.paths[:, :, 0], expected.T)
+    lines = [line.get_ydata() for line in display.ax_.lines[:3]]
+    np.testing.assert_array_equal(lines, expected.T)
+
+
+def test_one_series_of_several_is_chosen(clinic):
+    X, y = visits()
+    display = ForecastDisplay.from_estimator(clinic, X, y, series="b")
+    rows = X[X["id"] == "b"].sort_values("day")
+    np.testing.assert_array_equal(display.times, rows["day"])
+    np.testing.assert_array_equal(display.observed[:, 0], y[rows.index])
+    np.testing.assert_allclose(
+        display.median[:, 0], clinic.predict_quantiles(rows, [0.5])[0.5], rtol=1e-6
+    )
+    assert display.ax_.get_xlabel() == "day"
+    assert display.ax_.get_ylabel() == "dose"
+    with pytest.raises(ValueError, match="series must name one of the 3 series of X"):
+        ForecastDisplay.from_estimator(clinic, X)
+    with pytest.raises(ValueError, match="got 'd'"):
+        ForecastDisplay.from_estimator(clinic, X, series="d")
+
+
+def test_a_history_is_what_is_known_of_a_series(clinic):
+    history = pd.DataFrame({"id": "new", "day": [0.2, 0.1], "dose": [1.0, 2.0]})
+    later = pd.DataFrame({"id": "new", "day": [0.5, 0.6]})
+    display = ForecastDisplay.from_estimator(clinic, later, history=history)
+    np.testing.assert_array_equal(display.known[:, 0], [2.0, 1.0])
+    np.testing.assert_allclose(display.known_times, [0.1, 0.2])
+    np.testing.assert_allclose(
+        display.median[:, 0],
+        clinic.predict_quantiles(later, [0.5], history=history)[0.5],
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*were not seen in fit")
+def test_a_series_of_which_nothing_is_known_is_drawn(clinic):
+    later = pd.DataFrame({"id": "new", "day": [0.5, 0.6]})
+    display = ForecastDisplay.from_estimator(clinic, later)
+    assert display.known is None
+    assert "known" not in [line.get_label() for line in display.ax_.lines]
+
+
+@pytest.mark.parametrize("n_channels", [1, 2])
+def test_arrays_have_forecasts_too(n_channels):
+    hours, values = np.arange(30.0), rows(2, n_rows=30)[:, :n_channels]
+    values = values[:, 0] if n_channels == 1 else values
+    est = LatentODEForecaster(**FORECASTER).fit(hours[:, None], values)
+    ahead = np.array([[31.0], [30.0]])
+    display = ForecastDisplay.from_estimator(est, ahead, n_paths=2, random_state=0)
+    np.testing.assert_array_equal(display.times, [30.0, 31.0])
+    np.testing.assert_allclose(
+        display.median[::-1].reshape(-1),
+        est.predict_quantiles(ahead, [0.5]).reshape(-1),
+        rtol=1e-6,
+    )
+    assert display.paths.shape == (2, 2, n_channels)
+    expected = ["y"] if n_channels == 1 else ["y0", "y1"]
+    assert list(display.channel_names) == expected
+
+
+def test_zoned_stamps_are_drawn_in_the_hours_of_their_zone():
+    table = record(zone="Europe/Berlin")  # clocks change within
+    est = LatentODEForecaster(**FORECASTER).fit(table)
+    display = ForecastDisplay.from_estimator(est, table.index[-3:])
+    local = table.index[-3:].tz_localize(None)
+    np.testing.assert_array_equal(display.times, local.to_numpy())
+    assert display.time_name == "time (Europe/Berlin)"
+
+
+@pytest.mark.parametrize(
+    ("unit", "shown"), [("s", "minutes"), ("min", "hours"), ("D", "days")]
+)
+def test_time_differences_are_drawn_in_a_unit_that_fits(unit, shown):
+    index = pd.to_timedelta(np.arange(200.0), unit=unit)
+    table = pd.DataFrame({"level": np.sin(np.arange(200.0))}, index=index)
+    est = LatentODEForecaster(**FORECASTER).fit(table)
+    display = ForecastDisplay.from_estimator(est, index[-2:])
+    assert display.time_name == f"time ({shown})"
+    sizes = {"minutes": "1min", "hours": "1h", "days": "1D"}
+    np.testing.assert_allclose(display.times, index[-2:] / pd.Timedelta(sizes[shown]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"channels": ["level", "heat"]}, "channels must be positions below 2"),
+        ({"coverage": 1.0}, "coverage must lie between 0 and 1"),
+        ({"coverage": []}, "coverage must lie between 0 and 1"),
+        ({"ax": np.empty(3, dtype=object)}, "ax must be axes, or an array"),
+    ],
+)
+def test_wrong_arguments_of_a_forecast(sensors, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ForecastDisplay.from_estimator(sensors, record().index[:3], **wrong)
+
+
+def test_no_forecaster(flows):
+    with pytest.raises(TypeError, match="has no intervals to draw"):
+        ForecastDisplay.from_estimator(flows[2], rows(2))
+    with pytest.raises(NotFittedError):
+        ForecastDisplay.from_estimator(LatentODEForecaster(), record().index)
+
+
+def test_forecasts_are_drawn_on_given_axes(sensors):
+    later = record().index[-1] + pd.to_timedelta([1, 2], unit="h")
+    figure, axes = plt.subplots(2, 2, sharex=True)
+    display = ForecastDisplay.from_estimator(sensors, later, ax=axes[:, 1])
+    assert list(display.ax_) == list(axes[:, 1])
+    assert display.plot(axes[:, 0]) is display
+    assert display.figure_ is figure
+    _, ax = plt.subplots()
+    panels = display.plot(ax).ax_
+    assert not ax.axison
+    assert len(panels) == 2
+    one = ForecastDisplay.from_estimator(sensors, later, channels=0)
+    _, ax = plt.subplots()
+    assert one.plot(ax).ax_ is ax
+
+
+def test_styles_of_a_forecast_reach_matplotlib(sensors):
+    display = ForecastDisplay.from_estimator(
+        sensors,
+        record().index[:5],
+        channels=0,
+        line_kw={"linestyle": ":"},
+        band_kw={"alpha": 0.2},
+        data_kw={"marker": "s"},
+    )
+    styles = {line.get_label(): line for line in display.ax_.lines}
+    assert styles["median"].get_linestyle() == ":"
+    assert styles["known"].get_marker() == "s"
+    assert [band.get_alpha() for band in display.ax_.collections] == [0.2, 0.2]
+
+
 # ------------------------------------------------------------------ both
 
 
@@ -448,7 +687,7 @@ def test_a_column_of_one_value_has_axes(flows):
     assert display.ax_.get_xlim() == (0.5, 1.5)
 
 
-@pytest.mark.parametrize("display", [DensityDisplay, FlowDisplay])
+@pytest.mark.parametrize("display", [DensityDisplay, FlowDisplay, ForecastDisplay])
 def test_matplotlib_may_be_missing(flows, display, monkeypatch):
     real = builtins.__import__
 

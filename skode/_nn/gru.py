@@ -107,16 +107,17 @@ class _Packed(torch.autograd.Function):
     m = V_n h + c_n (`torch.nn.GRU`; U, b are its ..._ih, V, c its ..._hh). Four blocks
     [r | z | m | n] of W columns hold a row's a_r, a_z, m, a_n and then its gates: their
     first three take the product with V in one piece. U x, b and c do not depend on h
-    and come first, of all rows at once; m has no U.
+    and come first, of many rows at once: m has no U, and a column of ones beside x
+    makes b and c part of U.
 
     Given the cotangent u of h', with s' = s (1 - s) for a sigmoid and 1 - n^2 for tanh,
 
         a_n: u d_n,  d_n = (1 - z) (1 - n^2)      m:   u d_n r
         a_r: u d_n m r (1 - r)                    a_z: u (h - n) z (1 - z)
 
-    so that all four are u times what is known without u: of all rows at once, too. Then
-    h has u z + [a_r | a_z | m] V: two operations for the products, one for the factor
-    z. The gradients of the weights are one product each when all cotangents are known.
+    so that all four are u times what is known without u: of many rows at once, too.
+    Then h has u z + [a_r | a_z | m] V. Weights gather their gradients from many rows in
+    one product.
     """
 
     @staticmethod
