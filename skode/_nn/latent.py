@@ -273,7 +273,8 @@ class LatentODE(nn.Module):
         emission = self.emit(states, batch.covariates)
         if self.muted:
             assert split.regression is not None, "without a path there is a baseline"
-            emission = muted(emission, split.regression)
+            known = context.mask.sum(dim=1) > self.baseline.n_terms
+            emission = muted(emission, split.regression, known)
         error = self.error(batch, split.drawn, emission)
         return _Joined(batch, place, split.drawn, states, emission, error)
 
@@ -301,9 +302,14 @@ class LatentODE(nn.Module):
             self.residual.log_time.fill_(math.log(PERSISTENCE))
 
 
-def muted(emission: Emission, regression: Regression) -> Emission:
-    """Return an emission whose path says nothing, of the regression's scale."""
-    log_scale = regression.scale.log().to(emission.mean.dtype)[:, None, None]
+def muted(emission: Emission, regression: Regression, known: Tensor) -> Emission:
+    """Return an emission whose path says nothing, of the regression's scale.
+
+    No more values than coefficients leave no errors to measure. Where a scale is not
+    `known` (B, C), it is that of all training values, 1.
+    """
+    scale = torch.where(known, regression.scale, 1.0)
+    log_scale = scale.log().to(emission.mean.dtype)[:, None, None]
     return Emission(
         torch.zeros_like(emission.mean), log_scale.expand_as(emission.log_scale)
     )
