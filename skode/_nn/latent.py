@@ -150,17 +150,25 @@ class LatentODE(nn.Module):
         return rate.clamp(-_LARGEST_RATE, _LARGEST_RATE)
 
     def log_density(
-        self, batch: Batch, base: Tensor, emission: Emission, white: bool = False
+        self,
+        batch: Batch,
+        base: Tensor,
+        emission: Emission,
+        known_by: Tensor,
+        white: bool = False,
     ) -> Tensor:
-        """Return log-densities given the path and the rows before, (B, K, T, C).
+        """Return log-densities given the path and known rows before, (B, K, T, C).
 
-        With `white`, as if no residual persisted.
+        `known_by` (B, T, C) says which values later rows know of. With `white`, as if
+        no residual persisted.
         """
         residual = self.error(batch, base, emission)
         if white:
             inner = -0.5 * residual**2
         else:
-            inner = self.residual.log_density(batch.times, batch.mask, residual)
+            inner = self.residual.log_density(
+                batch.times, batch.mask, residual, known_by
+            )
         outer = emission.log_scale + 0.5 * _LOG_TWO_PI
         return inner - outer * batch.mask[:, None]
 
