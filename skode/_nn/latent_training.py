@@ -41,6 +41,8 @@ class Piece:
     """(B,) how many rows there are."""
     context: Tensor
     """(B,) how many of these are known."""
+    left_out: Tensor
+    """(B, T) rows of the series between the one before and this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ class Cutter:
     Parameters
     ----------
     series : Batch of (N, T)
-        All training series.
+        All training series. Times may be in float64 where values are not: pieces, which
+        count from their own first rows, are in the values' dtype.
     window : float
         Longest time that a piece spans.
     most_rows : int
@@ -143,11 +146,12 @@ def _piece(
     present = step < rows[:, None]
     batch = replace(
         batch,
-        times=batch.times - batch.times[:, :1],
+        times=(batch.times - batch.times[:, :1]).to(batch.values.dtype),
         mask=batch.mask & present[:, :, None],
         present=present,
     )
-    return Piece(batch, rows, context)
+    left_out = (torch.diff(index, dim=1, prepend=index[:, :1] - 1) - 1).clamp_min(0)
+    return Piece(batch, rows, context, left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +229,7 @@ class LatentObjective:
         states = model.states(z0, nodes, how)
         rates = None
         if model.shape.events:
-            rates = _log_likelihood_of_times(model, states, batch)
+            rates = _log_likelihood_of_times(model, states, batch, piece.left_out)
             states = states[:, :, :: len(_GAUSS) + 1]
         emission = model.emit(states, batch.covariates)
         density = model.log_density(piece.batch, split.drawn, emission, white)
@@ -305,21 +309,26 @@ def _with_nodes(times: Tensor) -> Tensor:
     return torch.cat((between, times[:, -1:]), dim=1)
 
 
-def _log_likelihood_of_times(model: LatentODE, states: Tensor, batch: Batch) -> Tensor:
+def _log_likelihood_of_times(
+    model: LatentODE, states: Tensor, batch: Batch, left_out: Tensor
+) -> Tensor:
     """Return the Poisson process's log-likelihood (Chen et al. 2018, section 5.1).
 
     Of each row, given that the row before is one: log rate at the row, less the rate's
-    integral since the row before; (B, K, T), 0 for the first row.
+    integral since the row before; (B, K, T), 0 for the first row. Rows that were left
+    out of a gap, `left_out` (B, T), have happened too: each counts with the gap's mean
+    log rate.
     """
     log_rate = model.log_rate(states)
     every = len(_GAUSS) + 1
     gaps = torch.diff(batch.times, dim=1)[:, None]
     events = batch.present[:, None, 1:]
-    expected = sum(
-        weight * log_rate[:, :, 1 + node :: every].exp() * gaps
-        for node, (_, weight) in enumerate(_GAUSS)
-    )
-    at_rows = (log_rate[:, :, every::every] - expected) * events
+    missed = left_out[:, None, 1:]
+    between = torch.zeros_like(log_rate[:, :, every::every])
+    for node, (_, weight) in enumerate(_GAUSS):
+        there = log_rate[:, :, 1 + node :: every]
+        between = between + weight * (missed * there - there.exp() * gaps)
+    at_rows = (log_rate[:, :, every::every] + between) * events
     return torch.nn.functional.pad(at_rows, (1, 0))
 
 
@@ -329,7 +338,7 @@ def halves(series: Batch, window: float) -> list[Piece]:
     end = torch.searchsorted(
         series.times.contiguous(), series.times[:, :1] + window, right=True
     )[:, 0].minimum(count)
-    step = torch.arange(series.times.shape[1], device=count.device)
+    step = torch.arange(int(end.max()), device=count.device)
     index = step.minimum((end - 1)[:, None])
     which = torch.arange(len(count), device=count.device)
     contexts = [(end * k // 3).clamp_min(1).minimum(end) for k in (1, 2)]
@@ -360,7 +369,7 @@ def ahead(
     now = times.gather(1, (kept - 1)[:, None])
     begin = torch.searchsorted(times, now - context)[:, 0]
     rows = count - begin
-    step = torch.arange(times.shape[1], device=count.device)
+    step = torch.arange(int(rows.max()), device=count.device)
     index = begin[:, None] + step.minimum((rows - 1)[:, None])
     which = torch.arange(len(count), device=count.device)
     return first(series, kept), [_piece(series, which, index, rows, kept - begin)]
