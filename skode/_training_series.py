@@ -214,5 +214,7 @@ def pieces_of(
             if windows.context is not None:
                 context = windows.context / units.time
             training, watched = ahead(training, end, est.validation_fraction, context)
+    # A score of nothing would call the first epoch the best.
+    watched = [piece for piece in watched if bool(piece.asked.any())]
     cutter = Cutter(training, window, _MOST_ROWS, generator)
     return Panel(training, watched, cutter)

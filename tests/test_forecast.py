@@ -929,3 +929,32 @@ def test_the_intensity_of_a_long_record_counts_all_of_its_rows():
     model.set_params(learning_rate_init=0.05)
     fitted(model, times[:, None], np.zeros(3000))
     np.testing.assert_allclose(model.intensity([[990.0], [1040.0]]), 3.0, rtol=0.3)
+
+
+def test_ends_where_nothing_was_observed_are_not_watched():
+    times = np.arange(80.0)
+    values = np.where(times < 50, np.sin(times / 4), np.nan)
+    model = forecaster(early_stopping=True, trend=None, path=True, max_iter=3)
+    assert fitted(model, times[:, None], values).validation_scores_ is None
+
+
+def test_times_beyond_the_range_of_floats_are_refused():
+    times = np.arange(40.0)[:, None]
+    for path in (True, False):
+        model = forecaster(trend="linear", path=path, context=20.0, max_iter=1)
+        fitted(model, times, np.sin(times[:, 0]))
+        with pytest.raises(ValueError, match="there is no answer there"):
+            model.predict([[1e300]])
+        assert path or np.isfinite(model.predict([[1e30]])).all()
+
+
+def test_times_before_a_record_are_answered_from_its_first_span():
+    times = np.arange(100.0)
+    model = forecaster(trend="level", path=False, context=20.0)
+    fitted(model, times[:, None], np.where(times <= 20.0, 1.0, 5.0))
+    alone = fitted(clone(model), times[:21, None], np.ones(21))
+    assert alone.predict([[-1.0]]) == pytest.approx(1.0, abs=1e-3)
+    for time in (-50.0, -1.0, 0.5):
+        assert model.predict([[time]]) == pytest.approx(1.0, abs=1e-3)
+    _, questions = model._questions(np.array([[-50.0], [-1.0]]), None)
+    assert [len(question.context) for question in questions] == [21]

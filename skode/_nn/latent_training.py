@@ -28,6 +28,8 @@ _WHITE = 0.35
 """Share of the training during which residuals are white noise: before the path is
 roughly right, whatever it misses persists, and the residual would take its place."""
 _LEAST_CONTEXT, _MOST_CONTEXT = 0.15, 0.95
+_AT_ONCE = 400_000
+"""Rows times paths that are in memory together where series are watched."""
 _GAUSS = ((-math.sqrt(0.6), 5 / 18), (0.0, 8 / 18), (math.sqrt(0.6), 5 / 18))
 """Nodes on [-1, 1] and weights, summing to 1, of Gauss and Legendre's third rule."""
 
@@ -43,6 +45,17 @@ class Piece:
     """(B,) how many of these are known."""
     left_out: Tensor
     """(B, T) rows of the series between the one before and this one."""
+
+    @property
+    def known(self) -> Tensor:
+        """(B, T) whether a row is of the context."""
+        step = torch.arange(self.batch.times.shape[1], device=self.rows.device)
+        return step < self.context[:, None]
+
+    @property
+    def asked(self) -> Tensor:
+        """(B, T, C) values that follow the context."""
+        return self.batch.mask & ~self.known[:, :, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +147,7 @@ def thinned(count: int, most: int, generator: torch.Generator) -> Tensor:
 def _piece(
     series: Batch, which: Tensor, index: Tensor, rows: Tensor, context: Tensor
 ) -> Piece:
-    picked = Batch(
-        series.times[which],
-        series.values[which],
-        series.mask[which],
-        series.present[which],
-        series.covariates[which],
-    )
-    batch = chosen(picked, index)
+    batch = chosen(series.take(which), index)
     step = torch.arange(index.shape[1], device=rows.device)
     present = step < rows[:, None]
     batch = replace(
@@ -273,8 +279,7 @@ def _predictive(
     by_row: Tensor, piece: Piece, posterior: Posterior, z0: Tensor, warmth: float
 ) -> Tensor:
     """ELBO of the context, and the mixture's log-density of each row beyond, (B,)."""
-    step = torch.arange(by_row.shape[2], device=by_row.device)
-    known = step < piece.context[:, None]
+    known = piece.known
     inside = (by_row.mean(dim=1) * known).sum(dim=1)
     mixed = torch.logsumexp(by_row, dim=1) - math.log(by_row.shape[1])
     return inside + (mixed * ~known).sum(dim=1) - warmth * posterior.divergence()
@@ -379,14 +384,17 @@ def evaluate(
     model: LatentODE, piece: Piece, noise: Tensor, how: Integration
 ) -> tuple[float, int]:
     """Return the sum of log-densities of what follows contexts, and of how many."""
-    step = torch.arange(piece.batch.times.shape[1], device=piece.rows.device)
-    known = step < piece.context[:, None]
+    known, asked = piece.known, piece.asked
     context = replace(
         piece.batch,
         mask=piece.batch.mask & known[:, :, None],
         present=piece.batch.present & known,
     )
-    mixture = model.forecast(context, piece.batch, noise, how)
-    asked = piece.batch.mask & ~known[:, :, None]
-    density = mixture.log_density(piece.batch.values) * asked
-    return float(density.sum()), int(asked.sum())
+    at_once = max(1, _AT_ONCE // (2 * known.shape[1] * len(noise)))
+    total = 0.0
+    for start in range(0, len(known), at_once):
+        some = slice(start, start + at_once)
+        queries = piece.batch.take(some)
+        mixture = model.forecast(context.take(some), queries, noise, how)
+        total += float((mixture.log_density(queries.values) * asked[some]).sum())
+    return total, int(asked.sum())

@@ -464,3 +464,21 @@ def test_pieces_far_into_a_record_keep_their_gaps():
     assert piece.batch.times.shape == (1, int(piece.rows))
     gaps = torch.diff(piece.batch.times)
     torch.testing.assert_close(gaps, torch.full_like(gaps, 0.01), rtol=1e-4, atol=0)
+
+
+def test_many_watched_series_are_not_in_memory_together(monkeypatch):
+    model, piece = latent_ode(), piece_of()
+    noise = normal(3, model.noise_width, seed=0)
+    model.requires_grad_(False)
+    whole, count = evaluate(model, piece, noise, EXACTLY)
+    sizes = []
+
+    def forecast(context, queries, noise, how):
+        sizes.append(len(queries.times))
+        return type(model).forecast(model, context, queries, noise, how)
+
+    monkeypatch.setattr(model, "forecast", forecast)
+    monkeypatch.setattr(room, "_AT_ONCE", 2 * 3 * 2 * 7)
+    parts, again = evaluate(model, piece, noise, EXACTLY)
+    assert sizes == [2, 2] and again == count > 0
+    assert parts == pytest.approx(whole, rel=1e-9)
