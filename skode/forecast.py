@@ -26,7 +26,13 @@ from skode._border import (
 from skode._conditioning import questions_of
 from skode._nn.fields import ACTIVATIONS
 from skode._nn.latent import READERS, LatentODE, Shape
-from skode._nn.latent_training import BOUNDS, LatentObjective, Plan, evaluate
+from skode._nn.latent_training import (
+    BOUNDS,
+    LatentObjective,
+    Plan,
+    calibrate,
+    evaluate,
+)
 from skode._nn.predictive import Mixture
 from skode._parameters import (
     SHARED,
@@ -54,6 +60,8 @@ _GROWN = 0.5
 """Share of a fit before which no plateau is looked for: until then, pieces grow."""
 _VALIDATION_PATHS = 16
 _SCORED_PATHS = 64
+_CALIBRATED = 5
+"""Held-out series by which forecasts may be narrowed."""
 _DAY = 86400.0
 _AT_ONCE = 400_000
 """Rows times paths that are in memory together."""
@@ -508,8 +516,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         ------
         TypeError, ValueError
             If X or y does not say what it must: no times, as of a frame whose index
-            only counts rows, missing ones, covariates with gaps, nothing observed. The
-            message says how to give it.
+            only counts rows, missing ones, covariates with gaps, nothing observed; if
+            parameters do not fit it, or each other. The message says what would.
         DivergenceError
             If the loss stopped being finite and lower learning rates did not help, or
             if no epoch succeeded; the best weights are kept.
@@ -546,6 +554,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             finally:
                 self.module_.eval()
                 record(self, course)
+            self._calibrate(panel)
         warn_unfinished(self, course, bool(panel.watched))
         return self
 
@@ -686,13 +695,13 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """
         self._ready()
         check_scalar(n_paths, "n_paths", Integral, min_val=1)
-        how = integration(self)
+        noise, how = self._noise(self.n_paths), integration(self)
         seed = check_random_state(random_state).randint(2**31 - 1)
         generator = torch.Generator().manual_seed(int(seed))
         table, questions = self._questions(X, history)
 
         def answer(context, asked):
-            paths = self.module_.paths(context, asked, n_paths, generator, how)
+            paths = self.module_.paths(context, asked, n_paths, generator, noise, how)
             return paths.transpose(1, 2)
 
         found = self._answers(table.queries(), questions, answer, n_paths)
@@ -905,7 +914,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         }
         if not fresh:
             check_same_shape(self, shape)
-            self.module_.to(device, dtype)
+            self.module_.to(device, dtype).width.fill_(1.0)
             return
         windows = windows_of(self, histories, layout.seconds)
         unit = _DAY if layout.seconds else 1.0
@@ -972,6 +981,20 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             return sum(total for total, _ in found) / sum(n for _, n in found)
 
         return score
+
+    def _calibrate(self, panel):
+        """Widen forecasts to what was held out; by one record, never narrow them."""
+        if not panel.watched:
+            return
+        least = 0.0 if len(panel.watched[0].rows) >= _CALIBRATED else 1.0
+        with torch.no_grad():
+            calibrate(
+                self.module_,
+                panel.watched,
+                self._noise(self.n_paths),
+                integration(self),
+                least,
+            )
 
     def _noise(self, n_paths):
         """Return standard normal draws (n_paths, N), evenly spread; of all series."""

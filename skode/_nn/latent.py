@@ -74,6 +74,8 @@ class LatentODE(nn.Module):
         What is taken from the values before, and given back after.
     """
 
+    width: Tensor
+    """By what predictive distributions are widened around their means."""
     muted: Tensor
     """Whether forecasts are those of the baseline alone."""
 
@@ -98,6 +100,7 @@ class LatentODE(nn.Module):
                 last.weight[: shape.n_channels].mul_(0.1)
         self.residual = Residual(shape.n_channels, shape.persistent)
         self.register_buffer("muted", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("width", torch.ones(()))
         self.log_intensity = nn.Linear(shape.latent, 1) if shape.events else None
 
     def posterior(self, batch: Batch, length: Tensor, how: Integration) -> Posterior:
@@ -147,17 +150,25 @@ class LatentODE(nn.Module):
         return rate.clamp(-_LARGEST_RATE, _LARGEST_RATE)
 
     def log_density(
-        self, batch: Batch, base: Tensor, emission: Emission, white: bool = False
+        self,
+        batch: Batch,
+        base: Tensor,
+        emission: Emission,
+        known_by: Tensor,
+        white: bool = False,
     ) -> Tensor:
-        """Return log-densities given the path and the rows before, (B, K, T, C).
+        """Return log-densities given the path and known rows before, (B, K, T, C).
 
-        With `white`, as if no residual persisted.
+        `known_by` (B, T, C) says which values later rows know of. With `white`, as if
+        no residual persisted.
         """
         residual = self.error(batch, base, emission)
         if white:
             inner = -0.5 * residual**2
         else:
-            inner = self.residual.log_density(batch.times, batch.mask, residual)
+            inner = self.residual.log_density(
+                batch.times, batch.mask, residual, known_by
+            )
         outer = emission.log_scale + 0.5 * _LOG_TWO_PI
         return inner - outer * batch.mask[:, None]
 
@@ -205,7 +216,8 @@ class LatentODE(nn.Module):
         scale = joined.emission.log_scale.exp()
         centre = joined.emission.mean + scale * mean
         spread = scale * (variance + self.residual.white()).sqrt()[:, None]
-        return Mixture(joined.answers(centre + joined.base), joined.answers(spread))
+        mixture = Mixture(joined.answers(centre + joined.base), joined.answers(spread))
+        return mixture.widened(self.width)
 
     def paths(
         self,
@@ -213,12 +225,14 @@ class LatentODE(nn.Module):
         queries: Batch,
         n_paths: int,
         generator: torch.Generator,
+        noise: Tensor,
         how: Integration,
     ) -> Tensor:
         """Return observations drawn jointly over the queries, (B, K, Q, C).
 
         What persists is drawn as before any observation, and corrected by what those
-        there are say of the draw (Wilson et al. 2021, JMLR 22(105), eq. 11).
+        there are say of the draw (Wilson et al. 2021, JMLR 22(105), eq. 11). They
+        spread around the mean of `forecast` with this `noise`.
         """
         like = context.values
 
@@ -226,8 +240,8 @@ class LatentODE(nn.Module):
             drawn = torch.randn(*shape, generator=generator, dtype=like.dtype)
             return drawn.to(like.device)
 
-        noise = normal(len(like), n_paths, self.noise_width)
-        joined = self._joined(context, queries, noise, how)
+        own = normal(len(like), n_paths, self.noise_width)
+        joined = self._joined(context, queries, own, how)
         times, mask, shape = joined.batch.times, joined.batch.mask, joined.error.shape
         u = self.residual.draw(times, normal(*shape))
         white = normal(*shape) * self.residual.white().sqrt()
@@ -235,7 +249,8 @@ class LatentODE(nn.Module):
         u = u + self.residual.smooth(times, mask, missed)[0]
         scale = joined.emission.log_scale.exp()
         drawn = joined.emission.mean + scale * (u + white) + joined.base
-        return joined.answers(drawn)
+        mean = self.forecast(context, queries, noise, how).mean()[:, None]
+        return mean + self.width * (joined.answers(drawn) - mean)
 
     def intensity(
         self, context: Batch, queries: Batch, noise: Tensor, how: Integration

@@ -23,6 +23,11 @@ class Mixture:
     stds: Tensor
     """(B, K, Q, C)."""
 
+    def widened(self, factor: Tensor | float) -> "Mixture":
+        """Return the mixture, stretched around its mean."""
+        mean = self.means.mean(dim=1, keepdim=True)
+        return Mixture(mean + factor * (self.means - mean), factor * self.stds)
+
     def mean(self) -> Tensor:
         """Return (B, Q, C)."""
         return self.means.mean(dim=1)

@@ -233,6 +233,7 @@ def test_paths_are_drawn_jointly_from_what_is_conditional_on_the_context():
         asking(times, covariates=0),
         40_000,
         torch.Generator().manual_seed(0),
+        normal(4, model.noise_width, seed=1),
         EXACTLY,
     )
     emission = constant_emission(model)
@@ -248,10 +249,10 @@ def test_paths_have_the_moments_of_the_forecast():
     model, context, queries = latent_ode(), ragged_batch(), some_queries()
     generator = torch.Generator().manual_seed(0)
     how = replace(EXACTLY, rtol=1e-4, atol=1e-4)
-    paths = model.paths(context, queries, 8000, generator, how)
-    forecast = model.forecast(
-        context, queries, normal(8000, model.noise_width, seed=7), how
-    )
+    model.width.fill_(1.7)
+    noise = normal(8000, model.noise_width, seed=7)
+    paths = model.paths(context, queries, 8000, generator, noise, how)
+    forecast = model.forecast(context, queries, noise, how)
     mean, std = forecast.mean(), forecast.std()
     assert (((paths.mean(dim=1) - mean) / std).abs() < 0.07).all()
     assert ((paths.std(dim=1) / std - 1).abs() < 0.07).all()
@@ -331,9 +332,11 @@ def test_densities_given_the_path_are_those_of_normals():
     theirs = torch.distributions.Normal(emission.mean, emission.log_scale.exp())
     wanted = theirs.log_prob(batch.values[:, None]) * batch.mask[:, None]
     nothing = torch.zeros(4, 1, 7, 2).double()
-    torch.testing.assert_close(model.log_density(batch, nothing, emission), wanted)
+    torch.testing.assert_close(
+        model.log_density(batch, nothing, emission, batch.mask), wanted
+    )
     persistent = latent_ode()
-    white = persistent.log_density(batch, nothing, emission, white=True)
+    white = persistent.log_density(batch, nothing, emission, batch.mask, white=True)
     torch.testing.assert_close(white, wanted)
-    ours = persistent.log_density(batch, nothing, emission)
+    ours = persistent.log_density(batch, nothing, emission, batch.mask)
     assert not F.mse_loss(ours, wanted) < 1e-3 and torch.isfinite(ours).all()

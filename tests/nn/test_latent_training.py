@@ -19,6 +19,8 @@ from skode._nn.latent_training import (
     Piece,
     Plan,
     ahead,
+    beyond,
+    calibrate,
     evaluate,
     halves,
     thinned,
@@ -115,7 +117,7 @@ def parts_of(model, piece, samples, generator=3):
     states = model.states(z0, batch.times, GRID)
     nothing = torch.zeros_like(batch.values)[:, None]
     emission = model.emit(states, batch.covariates)
-    density = model.log_density(batch, nothing, emission)
+    density = model.log_density(batch, nothing, emission, batch.mask)
     return posterior, z0, density.sum(dim=3)
 
 
@@ -390,6 +392,24 @@ def test_held_out_pieces_are_scored_as_forecasts():
         seen += later.mask.sum().item()
     assert count == seen > 0
     assert total == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0.0, 0.6), (1.0, 1.0)])
+def test_forecasts_are_as_wide_as_held_out_pieces_say(least, expected):
+    # Values from a distribution 0.6 times as wide as the model's own forecasts.
+    model = latent_ode(persistent=False)
+    piece = piece_of((40,) * 30, (2,) * 30)
+    noise = normal(1, model.noise_width, seed=5)  # a single normal
+    with torch.no_grad():
+        mixture, _ = beyond(model, piece, noise, EXACTLY)
+        mean, std = mixture.mean(), mixture.std()
+        values = mean + 0.6 * std * normal(*mean.shape, seed=6)
+        known = torch.arange(40)[:, None] < 2
+        values = torch.where(known, piece.batch.values, values) * piece.batch.mask
+        made = replace(piece, batch=replace(piece.batch, values=values))
+        model.width.fill_(3.0)  # what was there before does not count
+        calibrate(model, [made], noise, EXACTLY, least)
+    assert model.width.item() == pytest.approx(expected, rel=0.12)
 
 
 # ------------------------------------------------------------------- the training

@@ -50,3 +50,11 @@ def test_moments_are_those_of_the_density():
     assert np.trapezoid(density * grid, grid) == pytest.approx(mean)
     spread = np.trapezoid(density * (grid - mean) ** 2, grid)
     assert spread == pytest.approx(std**2)
+
+
+def test_a_wider_mixture_keeps_its_mean_and_stretches_its_quantiles():
+    wide = MIXTURE.widened(1.7)
+    torch.testing.assert_close(wide.mean(), MIXTURE.mean())
+    torch.testing.assert_close(wide.std(), 1.7 * MIXTURE.std())
+    away = MIXTURE.quantile(0.9) - MIXTURE.mean()
+    torch.testing.assert_close(wide.quantile(0.9), MIXTURE.mean() + 1.7 * away)

@@ -93,6 +93,17 @@ def test_what_comes_after_the_context_is_not_read(reader):
         torch.testing.assert_close(alone.log_std[0], among.log_std[row])
 
 
+def test_a_gru_reads_as_torchs():
+    net, theirs = GRUReader(5, 6).double(), torch.nn.GRU(5, 6, batch_first=True)
+    theirs = theirs.double()
+    theirs.load_state_dict(net.gru.state_dict())
+    inputs = normal(3, 4, 5, seed=8)
+    length = torch.tensor([4, 1, 3])
+    found = net(inputs, torch.zeros(3, 4).double(), length, EXACTLY)
+    wanted = theirs(inputs)[0][torch.arange(3), length - 1]
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_nothing_observed_is_the_prior(reader):
     net, batch = recognition(reader), batch_of(2, 3)
@@ -109,8 +120,9 @@ def test_an_ode_rnn_without_motion_is_a_gru():
     for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
         getattr(plain.gru, f"{name}_l0").data = getattr(still.cell, name).data
     inputs, gaps = normal(2, 4, 5, seed=4), normal(2, 4, seed=5).abs()
+    length = torch.tensor([2, 4])
     torch.testing.assert_close(
-        still(inputs, gaps, EXACTLY), plain(inputs, gaps, EXACTLY)
+        still(inputs, gaps, length, EXACTLY), plain(inputs, gaps, length, EXACTLY)
     )
 
 
@@ -124,8 +136,12 @@ def test_an_ode_rnn_moves_by_its_field_between_rows():
         matrices = torch.matrix_exp(linear().matrix * gaps[:, row, None, None])
         hidden = net.cell(inputs[:, row], torch.einsum("bij,bj->bi", matrices, hidden))
         wanted.append(hidden)
-    found = net(inputs, gaps, EXACTLY)
-    torch.testing.assert_close(found, torch.stack(wanted, dim=1), rtol=1e-6, atol=1e-6)
+    for count in range(1, 5):
+        # The other series, which is longer or shorter, has no part in it.
+        for length in (torch.tensor([count, 2]), torch.tensor([3, count])):
+            found = net(inputs, gaps, length, EXACTLY)
+            expected = torch.stack([wanted[n - 1][i] for i, n in enumerate(length)])
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 class _Field(torch.nn.Module):
