@@ -978,7 +978,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
                 found = [
                     evaluate(self.module_, piece, noise, way) for piece in panel.watched
                 ]
-            return sum(total for total, _ in found) / max(1, sum(n for _, n in found))
+            return sum(total for total, _ in found) / sum(n for _, n in found)
 
         return score
 
