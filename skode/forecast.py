@@ -206,7 +206,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
     warm_start : bool, default=False
         Whether `fit` goes on from the weights it finds, in their units. What shapes the
         model cannot change then: widths, channels and covariates, how contexts are cut,
-        trend and seasons, `standardize`.
+        trend and seasons, whether there is a path, `standardize`.
     random_state : int, RandomState instance or None, default=None
         Of the initial weights, the pieces, the paths and the held-out series.
     device : str, default="auto"
@@ -516,8 +516,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         ------
         TypeError, ValueError
             If X or y does not say what it must: no times, as of a frame whose index
-            only counts rows, missing ones, covariates with gaps, nothing observed. The
-            message says how to give it.
+            only counts rows, missing ones, covariates with gaps, nothing observed; if
+            parameters do not fit it, or each other. The message says what would.
         DivergenceError
             If the loss stopped being finite and lower learning rates did not help, or
             if no epoch succeeded; the best weights are kept.
@@ -533,7 +533,6 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             self._begin(layout, histories, device, dtype, generator, fresh)
             self._set_layout(layout)
             self.histories_ = known
-            self.has_path_ = learns_a_path(self, histories, self.windows_)
             if not self.has_path_:
                 return self._without_path()
             panel = pieces_of(
@@ -890,7 +889,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             del self.feature_names_in_
 
     def _begin(self, layout, histories, device, dtype, generator, fresh):
-        """Set the units, the windows and an untrained net, or keep those there are."""
+        """Set windows, units, and an untrained net, or keep what there is."""
         shape = {
             "hidden_layer_sizes": widths_of(self.hidden_layer_sizes),
             "activation": self.activation,
@@ -921,6 +920,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         unit = _DAY if layout.seconds else 1.0
         units = measure(histories, self.standardize, windows.context, unit)
         self._shape, self.windows_, self.units_ = shape, windows, units
+        self.has_path_ = learns_a_path(self, histories, windows)
         parts = Shape(
             layout.n_channels,
             layout.n_covariates,

@@ -916,3 +916,29 @@ def test_a_season_is_found_and_continued(path):
     found = model.predict(index[0] + pd.to_timedelta(later, unit="D"))["a"]
     wanted = 10 + 3 * np.sin(2 * np.pi * later / 7)
     np.testing.assert_allclose(found, wanted, atol=1.0)
+
+
+def test_without_a_path_short_histories_are_as_uncertain_as_the_values_are():
+    times = np.arange(40.0)
+    values = 5 + 2 * np.random.default_rng(0).normal(size=40)
+    model = forecaster(path=False, trend="linear", context=30.0, series=0, time=1)
+    fitted(model, np.c_[0 * times, times], values)
+    _, std = model.predict([[1, 20.0]], return_std=True, history=[[1, 0.0, 5.0]])
+    assert 0.5 * values.std() < std[0] < 2 * values.std()
+    with pytest.warns(SolverWarning, match="prior"):
+        mean, std = model.predict([[1, 20.0]], return_std=True)
+    assert mean[0] == pytest.approx(values.mean(), abs=0.2)
+    assert std[0] == pytest.approx(values.std(), rel=0.1)
+
+
+def test_a_warm_start_keeps_what_was_decided_about_the_path():
+    times = np.arange(300.0)
+    values = 0.1 * times + np.sin(times / 5)
+    cut = {"trend": "linear", "context": 20.0, "horizon": 5.0}
+    model = forecaster(**cut, max_iter=2, warm_start=True)
+    fitted(model, times[:60, None], values[:60])
+    assert not model.has_path_
+    fitted(model, times[:, None], values)  # of these alone, a path would be learned
+    assert not model.has_path_
+    assert model.module_.muted
+    assert fitted(clone(model), times[:, None], values).has_path_

@@ -150,17 +150,25 @@ class LatentODE(nn.Module):
         return rate.clamp(-_LARGEST_RATE, _LARGEST_RATE)
 
     def log_density(
-        self, batch: Batch, base: Tensor, emission: Emission, white: bool = False
+        self,
+        batch: Batch,
+        base: Tensor,
+        emission: Emission,
+        known_by: Tensor,
+        white: bool = False,
     ) -> Tensor:
-        """Return log-densities given the path and the rows before, (B, K, T, C).
+        """Return log-densities given the path and known rows before, (B, K, T, C).
 
-        With `white`, as if no residual persisted.
+        `known_by` (B, T, C) says which values later rows know of. With `white`, as if
+        no residual persisted.
         """
         residual = self.error(batch, base, emission)
         if white:
             inner = -0.5 * residual**2
         else:
-            inner = self.residual.log_density(batch.times, batch.mask, residual)
+            inner = self.residual.log_density(
+                batch.times, batch.mask, residual, known_by
+            )
         outer = emission.log_scale + 0.5 * _LOG_TWO_PI
         return inner - outer * batch.mask[:, None]
 
@@ -273,7 +281,8 @@ class LatentODE(nn.Module):
         emission = self.emit(states, batch.covariates)
         if self.muted:
             assert split.regression is not None, "without a path there is a baseline"
-            emission = muted(emission, split.regression)
+            known = context.mask.sum(dim=1) > self.baseline.n_terms
+            emission = muted(emission, split.regression, known)
         error = self.error(batch, split.drawn, emission)
         return _Joined(batch, place, split.drawn, states, emission, error)
 
@@ -301,9 +310,14 @@ class LatentODE(nn.Module):
             self.residual.log_time.fill_(math.log(PERSISTENCE))
 
 
-def muted(emission: Emission, regression: Regression) -> Emission:
-    """Return an emission whose path says nothing, of the regression's scale."""
-    log_scale = regression.scale.log().to(emission.mean.dtype)[:, None, None]
+def muted(emission: Emission, regression: Regression, known: Tensor) -> Emission:
+    """Return an emission whose path says nothing, of the regression's scale.
+
+    No more values than coefficients leave no errors to measure. Where a scale is not
+    `known` (B, C), it is that of all training values, 1.
+    """
+    scale = torch.where(known, regression.scale, 1.0)
+    log_scale = scale.log().to(emission.mean.dtype)[:, None, None]
     return Emission(
         torch.zeros_like(emission.mean), log_scale.expand_as(emission.log_scale)
     )

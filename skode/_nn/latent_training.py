@@ -231,7 +231,9 @@ class LatentObjective:
             rates = _log_likelihood_of_times(model, states, batch)
             states = states[:, :, :: len(_GAUSS) + 1]
         emission = model.emit(states, batch.covariates)
-        density = model.log_density(piece.batch, split.drawn, emission, white)
+        density = model.log_density(
+            piece.batch, split.drawn, emission, _KNOWN_BY[plan.bound](piece), white
+        )
         by_row = density.sum(dim=3)  # (B, K, T)
         if rates is not None:
             by_row = by_row + rates
@@ -295,6 +297,22 @@ def _iwae(
     return torch.logsumexp(weight, dim=1) - math.log(z0.shape[1])
 
 
+def _all_known(piece: Piece) -> Tensor:
+    return piece.batch.mask
+
+
+def _context_known(piece: Piece) -> Tensor:
+    step = torch.arange(piece.batch.times.shape[1], device=piece.rows.device)
+    return piece.batch.mask & (step < piece.context[:, None])[:, :, None]
+
+
+_KNOWN_BY = {
+    "predictive": _context_known,
+    "elbo": _all_known,
+    "iwae": _all_known,
+}
+"""Bounds of a joint density take each row given all before; a forecast knows of its
+context alone, and is trained to be as uncertain as that leaves it."""
 _BOUNDS = {"predictive": _predictive, "elbo": _elbo, "iwae": _iwae}
 BOUNDS = tuple(_BOUNDS)
 

@@ -66,14 +66,17 @@ class Residual(nn.Module):
             return self.one
         return 1 - self.persisting()
 
-    def log_density(self, times: Tensor, mask: Tensor, residual: Tensor) -> Tensor:
-        """Return log-densities given the rows before, (B, K, T, C), 0 where masked.
+    def log_density(
+        self, times: Tensor, mask: Tensor, residual: Tensor, known_by: Tensor
+    ) -> Tensor:
+        """Return log-densities given known rows before, (B, K, T, C), 0 where masked.
 
         Of residuals in units of the scale, without the constant of the normal.
+        `known_by` (B, T, C) says which of them later rows know of.
         """
         if not self.persistent:
             return -0.5 * residual**2 * mask[:, None]
-        known = self.filter(times, mask, residual)
+        known = self.filter(times, known_by, residual)
         variance = known.variance + self.white()
         error = (residual - known.mean) ** 2 / variance[:, None]
         return -0.5 * (error + variance.log()[:, None]) * mask[:, None]

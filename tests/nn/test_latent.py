@@ -332,9 +332,11 @@ def test_densities_given_the_path_are_those_of_normals():
     theirs = torch.distributions.Normal(emission.mean, emission.log_scale.exp())
     wanted = theirs.log_prob(batch.values[:, None]) * batch.mask[:, None]
     nothing = torch.zeros(4, 1, 7, 2).double()
-    torch.testing.assert_close(model.log_density(batch, nothing, emission), wanted)
+    torch.testing.assert_close(
+        model.log_density(batch, nothing, emission, batch.mask), wanted
+    )
     persistent = latent_ode()
-    white = persistent.log_density(batch, nothing, emission, white=True)
+    white = persistent.log_density(batch, nothing, emission, batch.mask, white=True)
     torch.testing.assert_close(white, wanted)
-    ours = persistent.log_density(batch, nothing, emission)
+    ours = persistent.log_density(batch, nothing, emission, batch.mask)
     assert not F.mse_loss(ours, wanted) < 1e-3 and torch.isfinite(ours).all()

@@ -116,7 +116,7 @@ def parts_of(model, piece, samples, generator=3):
     states = model.states(z0, batch.times, GRID)
     nothing = torch.zeros_like(batch.values)[:, None]
     emission = model.emit(states, batch.covariates)
-    density = model.log_density(batch, nothing, emission)
+    density = model.log_density(batch, nothing, emission, batch.mask)
     return posterior, z0, density.sum(dim=3)
 
 

@@ -46,7 +46,11 @@ def test_densities_are_those_of_the_joint_normal(row, channel):
     there = MASK[row, :, channel].numpy()
     cov = covariance(process, row, channel)
     cov = cov + process.white()[channel].item() * np.eye(6)
-    ours = process.log_density(TIMES, MASK, SEEN)[row, :, :, channel].detach().numpy()
+    ours = (
+        process.log_density(TIMES, MASK, SEEN, MASK)[row, :, :, channel]
+        .detach()
+        .numpy()
+    )
     assert (ours[:, ~there] == 0).all()
     seen = SEEN[row, :, :, channel].numpy()
     for count in range(1, there.sum() + 1):
@@ -107,7 +111,7 @@ def test_draws_have_the_covariance_of_the_process():
 
 def test_a_residual_that_does_not_persist_is_white():
     process = residual(persistent=False)
-    density = process.log_density(TIMES, MASK, SEEN)
+    density = process.log_density(TIMES, MASK, SEEN, MASK)
     assert torch.equal(density, -0.5 * SEEN**2 * MASK[:, None])
     mean, variance = process.smooth(TIMES, MASK, SEEN)
     assert not mean.any() and not variance.any() and process.white() == 1
