@@ -159,7 +159,7 @@ def test_the_importance_weighted_bound_is_that_of_the_paper(samples):
 def test_bounds_are_ordered():
     # One weighted draw is the ELBO with its divergence drawn; more come closer to the
     # log-density from below.
-    model, piece = latent_ode(events=False, scale=0.3), piece_of()
+    model, piece = latent_ode(events=False, scale=0.3), piece_of((4, 3), (2, 3))
 
     def bound(name, samples, repeats):
         with torch.no_grad():
