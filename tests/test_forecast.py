@@ -1013,7 +1013,7 @@ def test_a_solve_that_fails_names_the_series_and_when():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(X, y)
     model.set_params(max_steps=1, rtol=1e-12)
-    with pytest.raises(SolverError, match="Paths of series 'a', 'b' reached max_steps"):
+    with pytest.raises(SolverError, match="Paths of series '[ab]', '[ab]' reached max_steps"):
         model.predict(X)
 
 
