@@ -39,7 +39,7 @@ def questions_of(
     span : float or None
         Time that a context covers; None: the whole history. Queries in the second half
         of a history's last span, or beyond, are answered from that; older ones from as
-        long a stretch around them.
+        long a stretch around them, or the first one.
     """
     questions = []
     for key, asked in queries.items():
@@ -60,20 +60,21 @@ def questions_of(
 
 def _stretches(times: np.ndarray, history: History, span: float | None):
     """Yield rows of the queries, and the part of the history that answers them."""
-    if span is None:
+    begin, end = history.times[0], history.times[-1]
+    if span is None or end - begin <= span:
         yield np.arange(len(times)), history
         return
-    end, half = history.times[-1], span / 2
+    half = span / 2
     # Stretch 0 is the last one; stretch j covers half a span, and sees one around it.
-    # No older one than that of the first row: integers do not reach to all times.
-    oldest = np.ceil((end - history.times[0]) / half)
+    # The oldest sees the record's first span, and answers all that was before.
+    oldest = np.ceil((end - begin) / half - 1.5)
     stretch = np.clip(np.ceil((end - half - times) / half), 0, oldest).astype(np.int64)
     for number in np.unique(stretch):
         rows = np.flatnonzero(stretch == number)
         if number == 0:
             seen = history.times >= end - span
         else:
-            centre = end - half * (number + 0.5)
+            centre = max(end - half * (number + 0.5), begin + half)
             seen = np.abs(history.times - centre) <= half
             if not seen.any():
                 seen[np.argmin(np.abs(history.times - centre))] = True

@@ -1,7 +1,7 @@
 """The series that a forecaster learns from, and those that it is watched on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import numpy as np
@@ -189,6 +189,12 @@ def pieces_of(
 
     Of many series some are held out; of few long ones, their ends.
     """
+
+    def panel(some: Sequence[History]) -> Batch:
+        # Pieces may be a small part of a record: where they begin, float32 is coarse.
+        exact = units.batch(some, device, torch.float64)
+        return replace(exact.to(dtype=dtype), times=exact.times)
+
     window = windows.piece / units.time
     watched: list[Piece] = []
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
@@ -196,11 +202,10 @@ def pieces_of(
         kept = list(range(len(histories)))
         if holds_out(est.early_stopping, len(histories), _LEAST_WATCHED):
             kept, held = hold_out(est, len(histories), seed, what="series")
-            batch = units.batch([histories[i] for i in held], device, dtype)
-            watched = halves(batch, window)
-        training = units.batch([histories[i] for i in kept], device, dtype)
+            watched = halves(panel([histories[i] for i in held]), window)
+        training = panel([histories[i] for i in kept])
     else:
-        training = units.batch(histories, device, dtype)
+        training = panel(histories)
         if holds_out(est.early_stopping, max(map(len, histories)), _LEAST_ROWS):
             end = _HORIZON * float(training.times.max())
             if windows.horizon is not None:
@@ -209,5 +214,7 @@ def pieces_of(
             if windows.context is not None:
                 context = windows.context / units.time
             training, watched = ahead(training, end, est.validation_fraction, context)
+    # A score of nothing would call the first epoch the best.
+    watched = [piece for piece in watched if bool(piece.asked.any())]
     cutter = Cutter(training, window, _MOST_ROWS, generator)
     return Panel(training, watched, cutter)

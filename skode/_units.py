@@ -37,13 +37,25 @@ class Units:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Batch:
-        """Return series as the model reads them."""
+        """Return series as the model reads them.
+
+        Raises
+        ------
+        ValueError
+            If a time is too far from the series' first for the dtype.
+        """
         raw = pad(histories)
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         values = torch.where(raw.mask, (raw.values - mean) / std, 0.0)
         covariates = raw.covariates - torch.tensor(self.covariate_mean)
         covariates = covariates / torch.tensor(self.covariate_std)
-        scaled = Batch(raw.times / self.time, values, raw.mask, raw.present, covariates)
+        times = raw.times / self.time
+        if not bool((times.abs() <= torch.finfo(dtype).max).all()):
+            raise ValueError(
+                f"Times of X lie more than {torch.finfo(dtype).max:.0e} spans of the "
+                f"context ({self.time:g}) from their series: there is no answer there."
+            )
+        scaled = Batch(times, values, raw.mask, raw.present, covariates)
         return scaled.to(device, dtype)
 
     def values(self, standard: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from skode import forecast as room
+from skode._training_series import pieces_of
 from skode.exceptions import DivergenceError, SolverError, SolverWarning
 from tests.panels import forecaster, record, waves
 
@@ -266,7 +267,7 @@ def test_a_history_stands_for_what_fit_saw(panel):
 @pytest.mark.filterwarnings("error")
 def test_series_without_a_history_come_from_the_prior_with_a_warning(panel):
     asked = pd.DataFrame({"who": ["new", "s0"], "t": [1.0, 7.0]})
-    with pytest.warns(SolverWarning, match="1 series were not seen") as caught:
+    with pytest.warns(SolverWarning, match="not seen in fit") as caught:
         found = panel.predict(asked)
     assert caught[0].filename == __file__
     np.testing.assert_allclose(found.iloc[1], panel.predict(asked.iloc[1:]).iloc[0])
@@ -942,3 +943,80 @@ def test_a_warm_start_keeps_what_was_decided_about_the_path():
     assert not model.has_path_
     assert model.module_.muted
     assert fitted(clone(model), times[:, None], values).has_path_
+
+
+def test_short_windows_of_a_long_record_keep_their_gaps():
+    minutes = np.arange(30_000.0)
+    X = 1e9 + 60 * np.concatenate([minutes[:20], 1e9 + minutes])[:, None]
+    model = forecaster(context=3600.0, horizon=600.0, trend=None, path=True)
+    fitted(model.set_params(max_iter=1), X, np.sin(X[:, 0] / 600))
+    panel = pieces_of(
+        model,
+        list(model.histories_.values()),
+        model.units_,
+        model.windows_,
+        torch.device("cpu"),
+        torch.float32,
+        torch.Generator().manual_seed(0),
+    )
+    piece = panel.cutter.cut(torch.zeros(4, dtype=torch.long), 1.0)
+    assert piece.batch.times.dtype == torch.float32
+    gaps = 60 * torch.diff(piece.batch.times)[piece.batch.present[:, 1:]]
+    torch.testing.assert_close(gaps, torch.ones_like(gaps), rtol=1e-3, atol=0)
+
+
+def test_the_intensity_of_a_long_record_counts_all_of_its_rows():
+    times = np.sort(np.random.default_rng(0).uniform(0, 1000, size=3000))
+    model = forecaster(
+        context=300.0, horizon=60.0, trend=None, event_times="poisson", max_iter=8
+    )
+    model.set_params(learning_rate_init=0.05)
+    fitted(model, times[:, None], np.zeros(3000))
+    np.testing.assert_allclose(model.intensity([[990.0], [1040.0]]), 3.0, rtol=0.3)
+
+
+def test_ends_where_nothing_was_observed_are_not_watched():
+    times = np.arange(80.0)
+    values = np.where(times < 50, np.sin(times / 4), np.nan)
+    model = forecaster(early_stopping=True, trend=None, path=True, max_iter=3)
+    assert fitted(model, times[:, None], values).validation_scores_ is None
+
+
+def test_times_beyond_the_range_of_floats_are_refused():
+    times = np.arange(40.0)[:, None]
+    for path in (True, False):
+        model = forecaster(trend="linear", path=path, context=20.0, max_iter=1)
+        fitted(model, times, np.sin(times[:, 0]))
+        with pytest.raises(ValueError, match="there is no answer there"):
+            model.predict([[1e300]])
+        assert path or np.isfinite(model.predict([[1e30]])).all()
+
+
+def test_times_before_a_record_are_answered_from_its_first_span():
+    times = np.arange(100.0)
+    model = forecaster(trend="level", path=False, context=20.0)
+    fitted(model, times[:, None], np.where(times <= 20.0, 1.0, 5.0))
+    alone = fitted(clone(model), times[:21, None], np.ones(21))
+    assert alone.predict([[-1.0]]) == pytest.approx(1.0, abs=1e-3)
+    for time in (-50.0, -1.0, 0.5):
+        assert model.predict([[time]]) == pytest.approx(1.0, abs=1e-3)
+    _, questions = model._questions(np.array([[-50.0], [-1.0]]), None)
+    assert [len(question.context) for question in questions] == [21]
+
+
+def test_a_solve_that_fails_names_the_series_and_when():
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"who": list("aabb") * 6, "t": rng.uniform(0, 9, size=24)})
+    y = pd.Series(rng.normal(size=24), name="v")
+    model = forecaster(time="t", series="who", max_iter=1, path=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, y)
+    model.set_params(max_steps=1, rtol=1e-12)
+    with pytest.raises(SolverError, match="Paths of series 'a', 'b' reached max_steps"):
+        model.predict(X)
+
+
+def test_levels_of_an_interval_are_not_off_by_rounding():
+    frame = fitted(forecaster(), RECORD).predict_interval(RECORD.index[:1], 0.9)
+    assert frame.columns.get_level_values("quantile").unique().tolist() == [0.05, 0.95]

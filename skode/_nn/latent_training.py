@@ -29,6 +29,8 @@ _WHITE = 0.35
 """Share of the training during which residuals are white noise: before the path is
 roughly right, whatever it misses persists, and the residual would take its place."""
 _LEAST_CONTEXT, _MOST_CONTEXT = 0.15, 0.95
+_AT_ONCE = 400_000
+"""Rows times paths that are in memory together where series are watched."""
 _WIDTH_STEP, _NARROWER, _WIDER = 1.05, 12, 30
 """Forecasts are made 0.56 to 4.3 times as wide, in steps of a twentieth."""
 _GAUSS = ((-math.sqrt(0.6), 5 / 18), (0.0, 8 / 18), (math.sqrt(0.6), 5 / 18))
@@ -44,6 +46,19 @@ class Piece:
     """(B,) how many rows there are."""
     context: Tensor
     """(B,) how many of these are known."""
+    left_out: Tensor
+    """(B, T) rows of the series between the one before and this one."""
+
+    @property
+    def known(self) -> Tensor:
+        """(B, T) whether a row is of the context."""
+        step = torch.arange(self.batch.times.shape[1], device=self.rows.device)
+        return step < self.context[:, None]
+
+    @property
+    def asked(self) -> Tensor:
+        """(B, T, C) values that follow the context."""
+        return self.batch.mask & ~self.known[:, :, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +68,8 @@ class Cutter:
     Parameters
     ----------
     series : Batch of (N, T)
-        All training series.
+        All training series. Times may be in float64 where values are not: pieces, which
+        count from their own first rows, are in the values' dtype.
     window : float
         Longest time that a piece spans.
     most_rows : int
@@ -134,23 +150,17 @@ def thinned(count: int, most: int, generator: torch.Generator) -> Tensor:
 def _piece(
     series: Batch, which: Tensor, index: Tensor, rows: Tensor, context: Tensor
 ) -> Piece:
-    picked = Batch(
-        series.times[which],
-        series.values[which],
-        series.mask[which],
-        series.present[which],
-        series.covariates[which],
-    )
-    batch = chosen(picked, index)
+    batch = chosen(series.take(which), index)
     step = torch.arange(index.shape[1], device=rows.device)
     present = step < rows[:, None]
     batch = replace(
         batch,
-        times=batch.times - batch.times[:, :1],
+        times=(batch.times - batch.times[:, :1]).to(batch.values.dtype),
         mask=batch.mask & present[:, :, None],
         present=present,
     )
-    return Piece(batch, rows, context)
+    left_out = (torch.diff(index, dim=1, prepend=index[:, :1] - 1) - 1).clamp_min(0)
+    return Piece(batch, rows, context, left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +238,7 @@ class LatentObjective:
         states = model.states(z0, nodes, how)
         rates = None
         if model.shape.events:
-            rates = _log_likelihood_of_times(model, states, batch)
+            rates = _log_likelihood_of_times(model, states, batch, piece.left_out)
             states = states[:, :, :: len(_GAUSS) + 1]
         emission = model.emit(states, batch.covariates)
         density = model.log_density(
@@ -274,8 +284,7 @@ def _predictive(
     by_row: Tensor, piece: Piece, posterior: Posterior, z0: Tensor, warmth: float
 ) -> Tensor:
     """ELBO of the context, and the mixture's log-density of each row beyond, (B,)."""
-    step = torch.arange(by_row.shape[2], device=by_row.device)
-    known = step < piece.context[:, None]
+    known = piece.known
     inside = (by_row.mean(dim=1) * known).sum(dim=1)
     mixed = torch.logsumexp(by_row, dim=1) - math.log(by_row.shape[1])
     return inside + (mixed * ~known).sum(dim=1) - warmth * posterior.divergence()
@@ -302,8 +311,7 @@ def _all_known(piece: Piece) -> Tensor:
 
 
 def _context_known(piece: Piece) -> Tensor:
-    step = torch.arange(piece.batch.times.shape[1], device=piece.rows.device)
-    return piece.batch.mask & (step < piece.context[:, None])[:, :, None]
+    return piece.batch.mask & piece.known[:, :, None]
 
 
 _KNOWN_BY = {
@@ -326,21 +334,26 @@ def _with_nodes(times: Tensor) -> Tensor:
     return torch.cat((between, times[:, -1:]), dim=1)
 
 
-def _log_likelihood_of_times(model: LatentODE, states: Tensor, batch: Batch) -> Tensor:
+def _log_likelihood_of_times(
+    model: LatentODE, states: Tensor, batch: Batch, left_out: Tensor
+) -> Tensor:
     """Return the Poisson process's log-likelihood (Chen et al. 2018, section 5.1).
 
     Of each row, given that the row before is one: log rate at the row, less the rate's
-    integral since the row before; (B, K, T), 0 for the first row.
+    integral since the row before; (B, K, T), 0 for the first row. Rows that were left
+    out of a gap, `left_out` (B, T), have happened too: each counts with the gap's mean
+    log rate.
     """
     log_rate = model.log_rate(states)
     every = len(_GAUSS) + 1
     gaps = torch.diff(batch.times, dim=1)[:, None]
     events = batch.present[:, None, 1:]
-    expected = sum(
-        weight * log_rate[:, :, 1 + node :: every].exp() * gaps
-        for node, (_, weight) in enumerate(_GAUSS)
-    )
-    at_rows = (log_rate[:, :, every::every] - expected) * events
+    missed = left_out[:, None, 1:]
+    between = torch.zeros_like(log_rate[:, :, every::every])
+    for node, (_, weight) in enumerate(_GAUSS):
+        there = log_rate[:, :, 1 + node :: every]
+        between = between + weight * (missed * there - there.exp() * gaps)
+    at_rows = (log_rate[:, :, every::every] + between) * events
     return torch.nn.functional.pad(at_rows, (1, 0))
 
 
@@ -350,7 +363,7 @@ def halves(series: Batch, window: float) -> list[Piece]:
     end = torch.searchsorted(
         series.times.contiguous(), series.times[:, :1] + window, right=True
     )[:, 0].minimum(count)
-    step = torch.arange(series.times.shape[1], device=count.device)
+    step = torch.arange(int(end.max()), device=count.device)
     index = step.minimum((end - 1)[:, None])
     which = torch.arange(len(count), device=count.device)
     contexts = [(end * k // 3).clamp_min(1).minimum(end) for k in (1, 2)]
@@ -381,7 +394,7 @@ def ahead(
     now = times.gather(1, (kept - 1)[:, None])
     begin = torch.searchsorted(times, now - context)[:, 0]
     rows = count - begin
-    step = torch.arange(times.shape[1], device=count.device)
+    step = torch.arange(int(rows.max()), device=count.device)
     index = begin[:, None] + step.minimum((rows - 1)[:, None])
     which = torch.arange(len(count), device=count.device)
     return first(series, kept), [_piece(series, which, index, rows, kept - begin)]
@@ -422,12 +435,18 @@ def beyond(
     model: LatentODE, piece: Piece, noise: Tensor, how: Integration
 ) -> tuple[Mixture, Tensor]:
     """Return forecasts of a piece from its context, and what follows it (B, T, C)."""
-    step = torch.arange(piece.batch.times.shape[1], device=piece.rows.device)
-    known = step < piece.context[:, None]
+    known = piece.known
     context = replace(
         piece.batch,
         mask=piece.batch.mask & known[:, :, None],
         present=piece.batch.present & known,
     )
-    mixture = model.forecast(context, piece.batch, noise, how)
-    return mixture, piece.batch.mask & ~known[:, :, None]
+    at_once = max(1, _AT_ONCE // (2 * known.shape[1] * len(noise)))
+    parts = [slice(k, k + at_once) for k in range(0, len(known), at_once)]
+    found = [
+        model.forecast(context.take(some), piece.batch.take(some), noise, how)
+        for some in parts
+    ]
+    means = torch.cat([part.means for part in found])
+    stds = torch.cat([part.stds for part in found])
+    return Mixture(means, stds), piece.asked

@@ -28,6 +28,16 @@ class Batch:
     covariates: Tensor
     """(B, T, P); of padding, the last row's."""
 
+    def take(self, series: Tensor | slice) -> "Batch":
+        """Return some of the series."""
+        return Batch(
+            self.times[series],
+            self.values[series],
+            self.mask[series],
+            self.present[series],
+            self.covariates[series],
+        )
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Batch":

@@ -39,7 +39,8 @@ def seed(number=0):
 
 def piece_of(lengths=(7, 3, 1, 5), context=(3, 3, 1, 1), **kinds):
     batch = ragged_batch(lengths, **kinds)
-    return Piece(batch, torch.tensor(lengths), torch.tensor(context))
+    nothing = torch.zeros_like(batch.present, dtype=torch.long)
+    return Piece(batch, torch.tensor(lengths), torch.tensor(context), nothing)
 
 
 def objective(model, bound="elbo", samples=2, consistency=0.0, how=GRID):
@@ -251,8 +252,9 @@ def test_padding_costs_nothing(bound):
             for part in [getattr(piece.batch, name)]
         },
     )
+    left_out = torch.nn.functional.pad(piece.left_out, (0, 1))
     torch.testing.assert_close(
-        loss_at(model, replace(piece, batch=longer), bound=bound),
+        loss_at(model, replace(piece, batch=longer, left_out=left_out), bound=bound),
         loss_at(model, piece, bound=bound),
     )
 
@@ -291,7 +293,9 @@ def test_the_likelihood_of_times_is_that_of_a_poisson_process():
     nodes = room._with_nodes(batch.times)
     phases = torch.tensor([0.0, 1.0]).double()
     states = path(nodes[:, None], phases[None, :, None])[..., None]
-    found = room._log_likelihood_of_times(model, states, batch)
+    found = room._log_likelihood_of_times(
+        model, states, batch, torch.zeros_like(batch.present, dtype=torch.long)
+    )
     assert found.shape == (2, 2, 9) and not found[:, :, 0].any()
     for row, count in enumerate((9, 4)):
         assert not found[row, :, count:].any()
@@ -464,3 +468,66 @@ def test_every_series_has_its_turn(pieces):
     made = LatentObjective(latent_ode(), cutter, GRID, plan)
     found = torch.cat([made._series(torch.arange(pieces)) for _ in range(20)])
     assert set(found.tolist()) == {0, 1, 2, 3}
+
+
+# ----------------------------------------------------------------- long records
+
+
+def long_record(n_rows=500, begin=0.0, dtype=torch.float64):
+    """Return a record with a row each 0.01, in float64 times."""
+    times = begin + 0.01 * torch.arange(n_rows).double()[None]
+    values = torch.zeros(1, n_rows, 1, dtype=dtype)
+    present = torch.ones(1, n_rows, dtype=torch.bool)
+    return Batch(times, values, present[..., None], present, values[..., :0])
+
+
+def test_rows_that_a_piece_leaves_out_have_happened():
+    model = latent_ode(latent=1)
+    model.log_intensity.weight.data.zero_()
+    model.log_intensity.bias.data.fill_(math.log(80.0))
+    cutter = Cutter(long_record(), math.inf, 50, seed())
+    for _ in range(5):
+        piece = cutter.cut(torch.tensor([0]), 1.0)
+        times = piece.batch.times
+        assert times.shape[1] < 52
+        gaps = torch.diff(times)
+        wanted = 0.01 * (piece.left_out[:, 1:] + 1).double()
+        torch.testing.assert_close(wanted, gaps)
+        states = torch.zeros(1, 1, 4 * times.shape[1] - 3, 1).double()
+        found = room._log_likelihood_of_times(
+            model, states, piece.batch, piece.left_out
+        )
+        span = times[0, -1].item()
+        wanted = span / 0.01 * math.log(80.0) - 80.0 * span
+        assert found.sum().item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_pieces_far_into_a_record_keep_their_gaps():
+    series = long_record(begin=1e6, dtype=torch.float32)
+    piece = Cutter(series, 0.5, 99, seed()).cut(torch.tensor([0]), 1.0)
+    assert piece.batch.times.dtype == torch.float32
+    gaps = torch.diff(piece.batch.times)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 0.01), rtol=1e-4, atol=0)
+    training, (piece,) = ahead(series, horizon=0.5, share=0.05, context=0.7)
+    assert training.times.dtype == torch.float64
+    assert piece.batch.times.shape == (1, int(piece.rows))
+    gaps = torch.diff(piece.batch.times)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 0.01), rtol=1e-4, atol=0)
+
+
+def test_many_watched_series_are_not_in_memory_together(monkeypatch):
+    model, piece = latent_ode(), piece_of()
+    noise = normal(3, model.noise_width, seed=0)
+    model.requires_grad_(False)
+    whole, count = evaluate(model, piece, noise, EXACTLY)
+    sizes = []
+
+    def forecast(context, queries, noise, how):
+        sizes.append(len(queries.times))
+        return type(model).forecast(model, context, queries, noise, how)
+
+    monkeypatch.setattr(model, "forecast", forecast)
+    monkeypatch.setattr(room, "_AT_ONCE", 2 * 3 * 2 * 7)
+    parts, again = evaluate(model, piece, noise, EXACTLY)
+    assert sizes == [2, 2] and again == count > 0
+    assert parts == pytest.approx(whole, rel=1e-9)
