@@ -220,12 +220,12 @@ def test_a_series_alone_is_forecast_as_among_others(panel):
     among = answers(panel, AHEAD)
     for row in range(len(AHEAD)):
         alone = answers(panel, AHEAD.iloc[[row]])
-        np.testing.assert_allclose(alone[0], among[row], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(alone[0], among[row], rtol=5e-5, atol=5e-5)
     alone = pickle.loads(pickle.dumps(panel))
     alone.histories_ = {"s1": panel.histories_["s1"]}
     asked = AHEAD["who"] == "s1"
     np.testing.assert_allclose(
-        answers(alone, AHEAD[asked]), among[asked], rtol=1e-5, atol=1e-5
+        answers(alone, AHEAD[asked]), among[asked], rtol=5e-5, atol=5e-5
     )
 
 

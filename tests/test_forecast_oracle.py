@@ -126,7 +126,7 @@ def events(n_series, varies, seed, end=4.0):
 
 @pytest.mark.parametrize(
     ("varies", "n_series", "max_iter"),
-    [(False, 100, 60), pytest.param(True, 200, 100, marks=pytest.mark.slow)],
+    [(False, 100, 60), pytest.param(True, 200, 200, marks=pytest.mark.slow)],
 )
 def test_the_intensity_of_a_known_process_is_found(varies, n_series, max_iter):
     model = LatentODEForecaster(

@@ -213,6 +213,28 @@ def test_beyond_the_context_rows_are_scored_as_mixtures():
     torch.testing.assert_close(ours, -wanted / observed(piece))
 
 
+@pytest.mark.parametrize("baseline", [Baseline(), Baseline("linear", (0.6,))])
+def test_what_follows_a_context_is_trained_as_it_is_forecast(baseline):
+    # The same draws in both, of a bound without its other parts.
+    model = latent_ode(baseline, events=False)
+    piece = piece_of((7,), (3,))
+    noise = torch.randn(1, 5, model.noise_width, generator=seed(3), dtype=torch.float64)
+    with torch.no_grad():
+        mixture, asked = beyond(model, piece, noise[0], GRID)
+        rows = mixture.log_density_of_rows(piece.batch.values, asked)
+        loss = loss_at(model, piece, bound="predictive", samples=5)
+        z, base = model.parted(noise)
+        split = model.split(piece.batch, piece.context, base)
+        posterior = model.posterior(split.left, piece.context, GRID)
+        states = model.states(posterior.draw(z), piece.batch.times, GRID)
+        emission = model.emit(states, piece.batch.covariates)
+        inside = model.log_density(
+            piece.batch, split.drawn, emission, piece.batch.mask
+        )[:, :, :3]
+    wanted = inside.sum(dim=(2, 3)).mean() - posterior.divergence()[0] + rows.sum()
+    assert -loss.item() * observed(piece) == pytest.approx(wanted.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_padding_costs_nothing(bound):
     model, piece = latent_ode(), piece_of()

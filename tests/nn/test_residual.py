@@ -61,6 +61,23 @@ def test_densities_are_those_of_the_joint_normal(row, channel):
 
 
 @pytest.mark.parametrize(("row", "channel"), each_channel())
+def test_rows_know_of_those_that_they_may_alone(row, channel):
+    process = residual()
+    known_by = MASK & (torch.arange(6) < 3)[:, None]
+    ours = process.log_density(TIMES, MASK, SEEN, known_by)[row, :, :, channel]
+    cov = covariance(process, row, channel)
+    cov = cov + process.white()[channel].item() * np.eye(6)
+    seen = SEEN[row, :, :, channel].numpy()
+    for now in np.flatnonzero(MASK[row, :, channel]):
+        known = known_by[row, :, channel].numpy() & (np.arange(6) < now)
+        gain = np.linalg.solve(cov[np.ix_(known, known)], cov[known, now])
+        variance = cov[now, now] - gain @ cov[known, now]
+        away = seen[:, now] - seen[:, known] @ gain
+        wanted = -0.5 * (away**2 / variance + np.log(variance))
+        np.testing.assert_allclose(ours[:, now].detach().numpy(), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("row", "channel"), each_channel())
 def test_smoothing_is_conditioning_the_joint_normal(row, channel):
     process = residual()
     there = MASK[row, :, channel].numpy()
