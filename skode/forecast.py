@@ -1000,8 +1000,14 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """Return standard normal draws (n_paths, N), evenly spread; of all series."""
         like = next(self.module_.parameters())
         width = self.module_.noise_width
-        sobol = SobolEngine(width, scramble=True, seed=self._seed)
-        uniform = sobol.draw(n_paths, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        even = min(width, SobolEngine.MAXDIM)  # the others, of many channels, are not
+        sobol = SobolEngine(even, scramble=True, seed=self._seed)
+        uniform = sobol.draw(n_paths, dtype=torch.float64)
+        if even < width:
+            more = torch.Generator().manual_seed(self._seed)
+            more = torch.rand(n_paths, width - even, generator=more).double()
+            uniform = torch.cat((uniform, more), dim=1)
+        uniform = uniform.clamp(1e-6, 1 - 1e-6)
         return torch.special.ndtri(uniform).to(like.device, like.dtype)
 
     def _known(self, history):

@@ -958,3 +958,15 @@ def test_times_before_a_record_are_answered_from_its_first_span():
         assert model.predict([[time]]) == pytest.approx(1.0, abs=1e-3)
     _, questions = model._questions(np.array([[-50.0], [-1.0]]), None)
     assert [len(question.context) for question in questions] == [21]
+
+
+def test_many_channels_have_draws_of_their_own():
+    times = np.arange(30.0)[:, None]
+    values = np.random.default_rng(0).normal(size=(30, 900))
+    model = forecaster(path=False, trend="linear", context=20.0, n_paths=4)
+    fitted(model.set_params(seasonality=[3.0, 7.0, 11.0]), times, values)
+    noise = model._noise(4)
+    assert noise.shape == (4, model.module_.noise_width)
+    assert noise.shape[1] > 22_000 and len(noise[0].unique()) > 21_000
+    mean, std = model.predict([[31.0]], return_std=True)
+    assert mean.shape == (1, 900) and (std > 0).all()
