@@ -135,7 +135,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         the latent state [1]_; see `intensity`.
     unseen : {"prior", "raise"}, default="prior"
         What to do with a series that neither fit nor `history` knows: forecast it from
-        the prior, with a warning, or raise.
+        the prior, as if it began at the first row that is asked of it, with a warning,
+        or raise.
     score_context : float, default=0.5
         Share of the first rows of a series that `score` conditions on, where nothing
         else is known of it.
@@ -189,7 +190,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         falls to zero over the last third of `max_iter`, or once the score has stopped
         improving.
     max_iter : int, default=200
-        Epochs, of one piece of each series; of few series, of some hundred pieces.
+        Epochs, of about one piece of each series; of few series, of some hundred
+        pieces; of very many, of a thousand at random.
     tol : float, default=1e-3
         The fit has stopped improving when its best loss, or validation score, in nats
         per value has improved by less than `tol` in `n_iter_no_change` epochs of the
@@ -668,7 +670,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
 
         For questions about several times or channels at once: the largest value of a
         week, a sum, when a threshold is first crossed. Noise is drawn, too. Series are
-        drawn independently of each other, given what is known of them.
+        drawn independently of each other, given what is known of them; so are rows that
+        a limited `context` answers from different stretches of the past. The draws of a
+        series depend on what else is asked in the same call.
 
         Parameters
         ----------
