@@ -146,7 +146,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         What `fit` maximises; see Notes.
     n_training_paths : int, default=4
         Latent paths of each training piece.
-    consistency : float, default=0.3
+    consistency : float, default=0.1
         Weight of how far a path is from what its later observations alone say of it;
         see Notes.
     standardize : bool, default=True
@@ -410,7 +410,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         n_paths=64,
         bound="predictive",
         n_training_paths=4,
-        consistency=0.3,
+        consistency=0.1,
         standardize=True,
         solver="dopri5",
         rtol=1e-3,

@@ -548,6 +548,50 @@ def test_in_a_pipeline_behind_a_scaler_that_keeps_the_index():
 # ------------------------------------------------------------------------- round trips
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoder", ["gru", "ode_rnn"])
+@pytest.mark.parametrize("windows", [{}, {"context": 2.0, "seasonality": [3.0]}])
+def test_a_forecaster_of_a_gpu_is_that_of_the_cpu(encoder, windows):
+    model = forecaster(
+        time="t",
+        series="who",
+        encoder=encoder,
+        event_times="poisson",
+        dtype="float64",
+        **windows,
+    )
+    gpu, cpu = (
+        fitted(clone(model).set_params(device=device), X, Y)
+        for device in ("cuda", "cpu")
+    )
+    assert next(gpu.module_.parameters()).device.type == "cuda"
+    np.testing.assert_allclose(gpu.loss_curve_, cpu.loss_curve_, rtol=1e-6)
+    loaded = pickle.loads(pickle.dumps(gpu)).set_params(device="cpu")
+    assert next(loaded.module_.parameters()).device.type == "cpu"
+    for other in (gpu, loaded):
+        for ours, theirs in zip(
+            every_answer(other, AHEAD, None),
+            every_answer(cpu, AHEAD, None),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert other.score(X, Y) == pytest.approx(cpu.score(X, Y), rel=1e-6)
+    np.testing.assert_allclose(gpu.score_samples(X, Y), cpu.score_samples(X, Y))
+
+
+@pytest.mark.gpu
+def test_a_forecaster_without_a_path_and_one_that_is_watched_run_on_a_gpu():
+    for path in (True, False):
+        model = fitted(forecaster(device="cuda", path=path), RECORD)
+        assert np.isfinite(model.predict(LATER)).all(axis=None)
+        assert np.isfinite(model.score(RECORD))
+    frame = waves(60, 6)
+    model = forecaster(time="t", series="who", device="cuda", warm_start=True)
+    for _ in range(2):
+        fitted(model, frame[["who", "t"]], frame[["a", "b"]])
+        assert np.isfinite(model.predict(AHEAD)).all(axis=None)
+
+
 def test_a_clone_is_unfitted_and_fits_the_same(panel):
     copy = clone(panel)
     assert not hasattr(copy, "module_") and copy.get_params() == panel.get_params()
@@ -599,7 +643,7 @@ def test_threads_change_nothing():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            model = fitted(forecaster(time="t", series="who"), X, Y)
+            model = fitted(forecaster(time="t", series="who", max_iter=1), X, Y)
             found.append(model.predict(AHEAD))
     finally:
         torch.set_num_threads(before)
@@ -637,7 +681,7 @@ def test_a_refit_begins_anew(panel):
 
 
 def test_warm_start_goes_on():
-    model = forecaster(time="t", series="who", warm_start=True, max_iter=20)
+    model = forecaster(time="t", series="who", warm_start=True, max_iter=10)
     module, first = fitted(model, X, Y).module_, model.loss_curve_
     fitted(model, X, Y)
     assert model.module_ is module

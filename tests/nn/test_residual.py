@@ -109,6 +109,19 @@ def test_draws_have_the_covariance_of_the_process():
         )
 
 
+def test_what_later_rows_do_not_know_of_changes_nothing_but_its_own_density():
+    process, early = residual(), torch.arange(6) < 3
+    known = MASK & early[:, None]
+    ours = process.log_density(TIMES, MASK, SEEN, known)
+    whole = process.log_density(TIMES, MASK, SEEN, MASK)
+    assert torch.equal(ours[:, :, :3], whole[:, :, :3])
+    assert not torch.equal(ours[:, :, 4:], whole[:, :, 4:])
+    others = torch.where(early[:, None], SEEN, 2 * SEEN)
+    others[:, :, 5] = SEEN[:, :, 5]
+    again = process.log_density(TIMES, MASK, others, known)
+    torch.testing.assert_close(again[:, :, 5], ours[:, :, 5])
+
+
 def test_a_residual_that_does_not_persist_is_white():
     process = residual(persistent=False)
     density = process.log_density(TIMES, MASK, SEEN, MASK)
@@ -135,9 +148,10 @@ def test_gradients(what):
     def value(share, log_time, seen, gaps):
         process.share, process.log_time = share, log_time
         times = torch.cumsum(gaps, dim=1)
-        found = getattr(process, what)(times, MASK, seen * MASK[:, None])
+        seen = seen * MASK[:, None]
         if what == "log_density":
-            return (found * generators).sum()
+            return (process.log_density(times, MASK, seen, MASK) * generators).sum()
+        found = process.smooth(times, MASK, seen)
         return (found[0] * generators).sum() + found[1].square().sum()
 
     share, log_time = process.share.detach(), process.log_time.detach()
