@@ -1014,3 +1014,17 @@ def test_many_channels_have_draws_of_their_own():
     assert noise.shape[1] > 22_000 and len(noise[0].unique()) > 21_000
     mean, std = model.predict([[31.0]], return_std=True)
     assert mean.shape == (1, 900) and (std > 0).all()
+
+
+def test_without_a_path_no_net_is_asked():
+    times = np.arange(40.0)[:, None]
+    model = forecaster(path=False, trend="linear", context=20.0)
+    fitted(model, times, np.sin(times[:, 0]))
+    answers = [model.predict([[45.0]]), model.sample_paths([[45.0]], 3, random_state=0)]
+    with torch.no_grad():
+        for part in (model.module_.recognition, model.module_.decoder):
+            for param in part.parameters():
+                param.fill_(np.nan)
+    again = [model.predict([[45.0]]), model.sample_paths([[45.0]], 3, random_state=0)]
+    for before, after in zip(answers, again, strict=True):
+        np.testing.assert_array_equal(after, before)
