@@ -249,8 +249,11 @@ class LatentODE(nn.Module):
         u = u + self.residual.smooth(times, mask, missed)[0]
         scale = joined.emission.log_scale.exp()
         drawn = joined.emission.mean + scale * (u + white) + joined.base
+        drawn = joined.answers(drawn)
+        if self.width == 1:  # there is no need to know around what to stretch
+            return drawn
         mean = self.forecast(context, queries, noise, how).mean()[:, None]
-        return mean + self.width * (joined.answers(drawn) - mean)
+        return mean + self.width * (drawn - mean)
 
     def intensity(
         self, context: Batch, queries: Batch, noise: Tensor, how: Integration
