@@ -368,10 +368,11 @@ class _Schedule:
         # A short fit is judged on its second half.
         patience = min(self._how.n_iter_no_change, max(1, self._how.max_iter // 2))
         self._bests.append(min(loss, self._bests[-1] if self._bests else math.inf))
-        if len(self._bests) <= patience + self._how.plateau_from:
+        if len(self._bests) <= patience:
             return
         gain = self._bests[-1 - patience] - self._bests[-1]
-        if gain < tol and epoch < self._start:
+        grown = len(self._bests) > patience + self._how.plateau_from
+        if grown and gain < tol and epoch < self._start:
             self._start = epoch + 1
             self._decay = min(self._decay, max(patience, epoch // 2))
             self._plateau = True

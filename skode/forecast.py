@@ -49,7 +49,7 @@ from skode._training import History as Course
 from skode._training import train
 from skode._training_series import learns_a_path, pieces_of, windows_of
 from skode._units import measure
-from skode.exceptions import SolverWarning
+from skode.exceptions import SolverError, SolverWarning
 
 __all__ = ["LatentODEForecaster"]
 
@@ -60,6 +60,8 @@ _GROWN = 0.5
 """Share of a fit before which no plateau is looked for: until then, pieces grow."""
 _VALIDATION_PATHS = 16
 _SCORED_PATHS = 64
+_NAMED = 5
+"""Series that a message names."""
 _CALIBRATED = 5
 """Held-out series by which forecasts may be narrowed."""
 _DAY = 86400.0
@@ -661,8 +663,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         self._ready()
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie between 0 and 1, got {coverage}.")
-        tail = (1 - coverage) / 2
-        levels = [tail, 1 - tail]
+        tail = round((1 - coverage) / 2, 12)  # 0.05, not 0.04999999999999999
+        levels = [tail, round(1 - tail, 12)]
         return self._quantiles(X, *self._questions(X, history), levels)
 
     def sample_paths(self, X, n_paths=100, *, history=None, random_state=None):
@@ -1026,17 +1028,36 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         self._check_unseen([key for key in table.keys if key not in known])
         return table, self._asking(table.queries(), known)
 
+    def _of_series(self, error, part):
+        """Return an error that names series, of one that names rows of a solve.
+
+        Those are the series of a part, each as many times as there are paths.
+        """
+        places = {row * len(part) // error.n_rows for row in error.rows}
+        keys = list(dict.fromkeys(part[place].key for place in sorted(places)))
+        named = ", ".join(repr(key) for key in keys[:_NAMED])
+        after = min(error.t, default=0.0) * self.units_.time
+        unit = " seconds" if self.layout_.seconds else ""
+        return SolverError(
+            f"Paths of series {named} {error.reason}, {after:.6g}{unit} from the first "
+            "row of what they are conditioned on.",
+            remedy=error.remedy,
+            status=error.status,
+        )
+
     def _check_unseen(self, unseen):
         if not unseen:
             return
+        few = ", ".join(repr(key) for key in unseen[:_NAMED])
+        more = f" and {len(unseen) - _NAMED} more" if len(unseen) > _NAMED else ""
         what = (
-            f"{len(unseen)} series were not seen in fit and have no history, "
-            f"{unseen[0]!r} among them: pass history=, their first observations"
+            f"Series without history, not seen in fit: {few}{more}. Pass history=, "
+            "their first observations"
         )
         if self.unseen == "raise":
             raise ValueError(f"{what}, or set unseen='prior'.")
         warnings.warn(
-            f"{what}. They are forecast from the prior, as any series might be.",
+            f"{what}; without, the forecast is from the prior, as of any series.",
             SolverWarning,
             stacklevel=4,
         )
@@ -1111,11 +1132,15 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
                     for question in part
                 ]
             contexts = [question.context for question in part]
-            with torch.no_grad():
-                result = answer(
-                    self.units_.batch(contexts, like.device, like.dtype),
-                    self.units_.batch(asked, like.device, like.dtype),
-                )
+            batches = [
+                self.units_.batch(histories, like.device, like.dtype)
+                for histories in (contexts, asked)
+            ]
+            try:
+                with torch.no_grad():
+                    result = answer(*batches)
+            except SolverError as error:
+                raise self._of_series(error, part) from error
             for question, rows in zip(part, to_array(result), strict=True):
                 if question.key not in found:
                     shape = (len(queries[question.key]), *rows.shape[1:])

@@ -529,7 +529,7 @@ def test_a_history_is_what_is_known_of_a_series(clinic):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*were not seen in fit")
+@pytest.mark.filterwarnings("ignore:.*not seen in fit")
 def test_a_series_of_which_nothing_is_known_is_drawn(clinic):
     later = pd.DataFrame({"id": "new", "day": [0.5, 0.6]})
     display = ForecastDisplay.from_estimator(clinic, later)

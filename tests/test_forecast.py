@@ -267,7 +267,7 @@ def test_a_history_stands_for_what_fit_saw(panel):
 @pytest.mark.filterwarnings("error")
 def test_series_without_a_history_come_from_the_prior_with_a_warning(panel):
     asked = pd.DataFrame({"who": ["new", "s0"], "t": [1.0, 7.0]})
-    with pytest.warns(SolverWarning, match="1 series were not seen") as caught:
+    with pytest.warns(SolverWarning, match="not seen in fit") as caught:
         found = panel.predict(asked)
     assert caught[0].filename == __file__
     np.testing.assert_allclose(found.iloc[1], panel.predict(asked.iloc[1:]).iloc[0])
@@ -1028,3 +1028,23 @@ def test_without_a_path_no_net_is_asked():
     again = [model.predict([[45.0]]), model.sample_paths([[45.0]], 3, random_state=0)]
     for before, after in zip(answers, again, strict=True):
         np.testing.assert_array_equal(after, before)
+
+
+def test_a_solve_that_fails_names_the_series_and_when():
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"who": list("aabb") * 6, "t": rng.uniform(0, 9, size=24)})
+    y = pd.Series(rng.normal(size=24), name="v")
+    model = forecaster(time="t", series="who", max_iter=1, path=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, y)
+    model.set_params(max_steps=1, rtol=1e-12)
+    with pytest.raises(
+        SolverError, match=r"Paths of series '[ab]', '[ab]' reached max_steps"
+    ):
+        model.predict(X)
+
+
+def test_levels_of_an_interval_are_not_off_by_rounding():
+    frame = fitted(forecaster(), RECORD).predict_interval(RECORD.index[:1], 0.9)
+    assert frame.columns.get_level_values("quantile").unique().tolist() == [0.05, 0.95]
