@@ -272,11 +272,11 @@ def test_series_without_a_history_come_from_the_prior_with_a_warning(panel):
     assert caught[0].filename == __file__
     np.testing.assert_allclose(found.iloc[1], panel.predict(asked.iloc[1:]).iloc[0])
     for call in (panel.predict_interval, panel.sample_paths, panel.predict_quantiles):
-        with pytest.warns(SolverWarning, match="'new' among them") as caught:
+        with pytest.warns(SolverWarning, match="fit: 'new'") as caught:
             call(asked)
         assert caught[0].filename == __file__
     strict = pickle.loads(pickle.dumps(panel)).set_params(unseen="raise")
-    with pytest.raises(ValueError, match="pass history="):
+    with pytest.raises(ValueError, match="Pass history="):
         strict.predict(asked)
     strict.predict(AHEAD)
 
@@ -513,7 +513,7 @@ def test_splits_in_time(scoring):
 
 
 def test_scikit_learns_scorers_of_groups():
-    with pytest.warns(SolverWarning, match="forecast from the prior"):
+    with pytest.warns(SolverWarning, match="forecast is from the prior"):
         scores = cross_val_score(
             forecaster(time="t", series="who"),
             X,
