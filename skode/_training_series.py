@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from skode._nn.backtest import choose, spans, subsets
-from skode._nn.baseline import Baseline
+from skode._nn.baseline import SHARES, Baseline
 from skode._nn.latent_training import Cutter, Piece, ahead, halves
 from skode._parameters import hold_out, holds_out
 from skode._series.batch import Batch
@@ -30,6 +30,8 @@ _MOST_ROWS = 192
 """Rows of a training piece."""
 _LEAST_DISJOINT = 8
 """Pieces that do not overlap, from which on a path is learned beside a baseline."""
+_READ = 128
+"""Rows that a context spans typically, where only the path forecasts."""
 _DAY = 86400.0
 _CALENDAR = (_DAY, 7 * _DAY, 365.2425 * _DAY)
 _TURNS = 2
@@ -47,6 +49,8 @@ class Windows:
     so wherever contexts have no span."""
     trend: str
     periods: tuple[float, ...]
+    share: float = SHARES[0]
+    """Of the errors of trend and seasons, the share that persists."""
 
     def disjoint(self, histories: Sequence[History]) -> float:
         """Return into how many pieces the records fall that do not overlap."""
@@ -62,7 +66,8 @@ class Windows:
 
     def baseline(self, unit: float) -> Baseline:
         """Return trend and seasons in units of time."""
-        return Baseline(self.trend, tuple(period / unit for period in self.periods))
+        periods = tuple(period / unit for period in self.periods)
+        return Baseline(self.trend, periods, self.share)
 
 
 def seconds(value: object, clock_is_seconds: bool, name: str) -> float | None:
@@ -145,8 +150,6 @@ def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
         return Windows(None, horizon, trends[0], seasons[0])
     contexts = [context] if context else spans(record)
     reach = horizon or min(_HORIZON * record, max(contexts))
-    if len(contexts) * len(trends) * len(seasons) == 1:
-        return Windows(contexts[0], reach, trends[0], seasons[0])
     units = measure(histories, True, record)
     batch = units.batch(histories, torch.device("cpu"), torch.float64)
     found = choose(
@@ -156,14 +159,24 @@ def windows_of(est, histories: Sequence[History], in_seconds: bool) -> Windows:
         trends,
         [tuple(period / record for period in some) for some in seasons],
     )
-    periods = tuple(period * record for period in found.baseline.periods)
-    return Windows(found.context * record, reach, found.baseline.trend, periods)
+    baseline, span = found.baseline, found.context * record
+    if baseline.trend != "linear" and not baseline.periods and context is None:
+        # The path says it all: it needs many pieces rather than long ones.
+        span = min(span, _READ * _typical_gap(histories))
+        reach = horizon or min(reach, span / 2)
+    periods = tuple(period * record for period in baseline.periods)
+    return Windows(span, reach, baseline.trend, periods, baseline.share)
+
+
+def _typical_gap(histories: Sequence[History]) -> float:
+    """Return the median time between rows, of those that follow another."""
+    gaps = np.concatenate([np.diff(h.times) for h in histories])
+    return float(np.median(gaps))
 
 
 def _calendar(histories: Sequence[History], record: float) -> list[float]:
     """Return the day, week and year where the record could show them."""
-    gaps = [np.diff(h.times) for h in histories if len(h) > 1]
-    typical = float(np.median(np.concatenate(gaps)))
+    typical = _typical_gap(histories)
     return [p for p in _CALENDAR if 3 * typical < p < record / _TURNS]
 
 

@@ -137,7 +137,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         the latent state [1]_; see `intensity`.
     unseen : {"prior", "raise"}, default="prior"
         What to do with a series that neither fit nor `history` knows: forecast it from
-        the prior, with a warning, or raise.
+        the prior, as if it began at the first row that is asked of it, with a warning,
+        or raise.
     score_context : float, default=0.5
         Share of the first rows of a series that `score` conditions on, where nothing
         else is known of it.
@@ -147,7 +148,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         What `fit` maximises; see Notes.
     n_training_paths : int, default=4
         Latent paths of each training piece.
-    consistency : float, default=0.1
+    consistency : float, default=0.3
         Weight of how far a path is from what its later observations alone say of it;
         see Notes.
     standardize : bool, default=True
@@ -191,7 +192,8 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         falls to zero over the last third of `max_iter`, or once the score has stopped
         improving.
     max_iter : int, default=200
-        Epochs, of one piece of each series; of few series, of some hundred pieces.
+        Epochs, of about one piece of each series; of few series, of some hundred
+        pieces; of very many, of a thousand at random.
     tol : float, default=1e-3
         The fit has stopped improving when its best loss, or validation score, in nats
         per value has improved by less than `tol` in `n_iter_no_change` epochs of the
@@ -410,7 +412,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         n_paths=64,
         bound="predictive",
         n_training_paths=4,
-        consistency=0.1,
+        consistency=0.3,
         standardize=True,
         solver="dopri5",
         rtol=1e-3,
@@ -670,7 +672,9 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
 
         For questions about several times or channels at once: the largest value of a
         week, a sum, when a threshold is first crossed. Noise is drawn, too. Series are
-        drawn independently of each other, given what is known of them.
+        drawn independently of each other, given what is known of them; so are rows that
+        a limited `context` answers from different stretches of the past. The draws of a
+        series depend on what else is asked in the same call.
 
         Parameters
         ----------
@@ -1002,8 +1006,14 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """Return standard normal draws (n_paths, N), evenly spread; of all series."""
         like = next(self.module_.parameters())
         width = self.module_.noise_width
-        sobol = SobolEngine(width, scramble=True, seed=self._seed)
-        uniform = sobol.draw(n_paths, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        even = min(width, SobolEngine.MAXDIM)  # the others, of many channels, are not
+        sobol = SobolEngine(even, scramble=True, seed=self._seed)
+        uniform = sobol.draw(n_paths, dtype=torch.float64)
+        if even < width:
+            more = torch.Generator().manual_seed(self._seed)
+            more = torch.rand(n_paths, width - even, generator=more).double()
+            uniform = torch.cat((uniform, more), dim=1)
+        uniform = uniform.clamp(1e-6, 1 - 1e-6)
         return torch.special.ndtri(uniform).to(like.device, like.dtype)
 
     def _known(self, history):

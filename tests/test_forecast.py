@@ -1004,6 +1004,32 @@ def test_times_before_a_record_are_answered_from_its_first_span():
     assert [len(question.context) for question in questions] == [21]
 
 
+def test_many_channels_have_draws_of_their_own():
+    times = np.arange(30.0)[:, None]
+    values = np.random.default_rng(0).normal(size=(30, 900))
+    model = forecaster(path=False, trend="linear", context=20.0, n_paths=4)
+    fitted(model.set_params(seasonality=[3.0, 7.0, 11.0]), times, values)
+    noise = model._noise(4)
+    assert noise.shape == (4, model.module_.noise_width)
+    assert noise.shape[1] > 22_000 and len(noise[0].unique()) > 21_000
+    mean, std = model.predict([[31.0]], return_std=True)
+    assert mean.shape == (1, 900) and (std > 0).all()
+
+
+def test_without_a_path_no_net_is_asked():
+    times = np.arange(40.0)[:, None]
+    model = forecaster(path=False, trend="linear", context=20.0)
+    fitted(model, times, np.sin(times[:, 0]))
+    answers = [model.predict([[45.0]]), model.sample_paths([[45.0]], 3, random_state=0)]
+    with torch.no_grad():
+        for part in (model.module_.recognition, model.module_.decoder):
+            for param in part.parameters():
+                param.fill_(np.nan)
+    again = [model.predict([[45.0]]), model.sample_paths([[45.0]], 3, random_state=0)]
+    for before, after in zip(answers, again, strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
 def test_a_solve_that_fails_names_the_series_and_when():
     rng = np.random.default_rng(0)
     X = pd.DataFrame({"who": list("aabb") * 6, "t": rng.uniform(0, 9, size=24)})

@@ -4,12 +4,13 @@ B series, T rows, C channels.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 
 import torch
+from torch import Tensor
 
-from skode._nn.baseline import Baseline
+from skode._nn.baseline import SHARES, Baseline
 from skode._nn.latent import chosen
 from skode._series.batch import Batch
 
@@ -62,7 +63,25 @@ def choose(
                 if best is None or error < _BETTER * least:
                     best, least = window, error
     assert best is not None, "there is something to choose from"
-    return best
+    return best if best.baseline.empty else _with_errors(batch, best)
+
+
+def _with_errors(batch: Batch, window: Window) -> Window:
+    """Return the window with the share of its errors that likely persists."""
+    begin, end = batch.times[:, :1], batch.times[:, -1:]
+    likelihood = dict.fromkeys(SHARES, 0.0)
+    for origin in range(_ORIGINS):
+        now = end - origin / _ORIGINS * (end - begin - window.context).clamp_min(0)
+        near = _between(batch, now - window.context, now)
+        seen = (near.times <= now) & (near.times > now - window.context)
+        for share in SHARES:
+            baseline = replace(window.baseline, share=share)
+            found = baseline.fit(
+                near.times - now, near.values, near.mask & seen[:, :, None]
+            )
+            likelihood[share] += float(found.log_likelihood.sum())
+    share = max(likelihood, key=likelihood.__getitem__)
+    return replace(window, baseline=replace(window.baseline, share=share))
 
 
 def spans(record: float) -> list[float]:
@@ -93,17 +112,24 @@ def _error(batch: Batch, window: Window, horizon: float) -> float:
         # The first origin has half of the record behind it where the horizon allows.
         earliest = torch.minimum((begin + end) / 2, (end - horizon + begin) / 2)
         now = earliest + (end - horizon - earliest) * origin / _ORIGINS
-        known = (batch.times <= now) & (batch.times > now - window.context)
-        asked = (batch.times > now) & (batch.times <= now + horizon) & batch.present
-        seen = batch.mask & known[:, :, None]
-        wanted = batch.mask & asked[:, :, None]
+        near = _between(batch, now - window.context, now + horizon)
+        known = near.times <= now
+        seen = near.mask & (known & (near.times > now - window.context))[:, :, None]
+        asked = ~known & (near.times <= now + horizon) & near.present
+        wanted = near.mask & asked[:, :, None]
         # What no context has seen, no baseline is blamed for.
         wanted = wanted & seen.any(dim=1, keepdim=True)
-        base = torch.zeros_like(batch.values)
-        if not window.baseline.empty:
-            times = batch.times - now
-            found = window.baseline.fit(times, batch.values, seen)
+        base = torch.zeros_like(near.values)
+        if not window.baseline.empty and bool(wanted.any()):
+            times = near.times - now
+            found = window.baseline.fit(times, near.values, seen)
             base = window.baseline.at(times, found.mean)
-        total += float(((batch.values - base).square() * wanted).sum())
+        total += float(((near.values - base).square() * wanted).sum())
         count += float(wanted.sum())
     return total / max(count, 1.0)
+
+
+def _between(batch: Batch, begin: Tensor, end: Tensor) -> Batch:
+    """Return the rows that any series has between two times (B, 1), and some more."""
+    rows = ((batch.times >= begin) & (batch.times <= end)).any(dim=0).nonzero()[:, 0]
+    return chosen(batch, rows.expand(len(batch.times), -1))

@@ -15,8 +15,8 @@ _HARMONICS = 4
 _RIDGE = 1e-3
 """Penalty of slopes and harmonics, in units of one observation's information."""
 _LEVEL_RIDGE = 1e-5
-SHARE = 0.9
-"""Share of the errors' variance that persists."""
+SHARES = (0.9, 0.6, 0.3, 0.1, 0.02)
+"""Shares of the errors' variance that may persist."""
 _SMALLEST_SCALE = 1e-4
 PERSISTENCE = 0.25
 """Correlation time of errors, in spans of the context."""
@@ -32,10 +32,13 @@ class Baseline:
         What is fitted to a context beside seasons.
     periods : tuple of float
         Lengths of the seasons, in the unit of the times.
+    share : float
+        Share of the errors' variance that persists, for a quarter of the context.
     """
 
     trend: str = "none"
     periods: tuple[float, ...] = ()
+    share: float = SHARES[0]
 
     @property
     def empty(self) -> bool:
@@ -65,8 +68,8 @@ class Baseline:
     def fit(self, times: Tensor, values: Tensor, mask: Tensor) -> "Regression":
         """Return what the rows say of the coefficients.
 
-        By generalised least squares: errors are taken to persist for a quarter of the
-        context. That a record ends above its trend then says little of where the trend
+        By generalised least squares: a `share` of the errors is taken to persist. That
+        a record ends above its trend then says little of where the trend
         goes, and a trend is as uncertain as it should be.
         """
         terms = self.terms(times).transpose(1, 2)[:, :, :, None]  # (B, R, T, 1)
@@ -78,10 +81,10 @@ class Baseline:
             torch.exp(-_gaps(times.double()) / (PERSISTENCE * _span(times, mask))),
             mask,
             columns,
-            variance=SHARE * ones,
-            white=(1 - SHARE) * ones,
+            variance=self.share * ones,
+            white=(1 - self.share) * ones,
         )
-        spread = (known.variance + (1 - SHARE)).sqrt()[:, None]
+        spread = (known.variance + (1 - self.share)).sqrt()[:, None]
         columns = (columns - known.mean) / spread * mask[:, None]
         x, y = columns[:, :-1], columns[:, -1]
         ridge = torch.full((terms.shape[1],), _RIDGE, dtype=torch.float64)
@@ -94,7 +97,10 @@ class Baseline:
         error = (y - torch.einsum("brtc,bcr->btc", x, mean)) ** 2
         free = (mask.sum(dim=1) - terms.shape[1]).clamp_min(1)
         scale = (error.sum(dim=1) / free).sqrt().clamp_min(_SMALLEST_SCALE)
-        return Regression(mean, torch.linalg.cholesky(precision), scale)
+        likelihood = -(scale.log()[:, None] + spread[:, 0].log()) * mask
+        return Regression(
+            mean, torch.linalg.cholesky(precision), scale, likelihood.sum(dim=1)
+        )
 
     def at(self, times: Tensor, coefficients: Tensor) -> Tensor:
         """Return (B, ..., T, C) in the dtype of the times, of (B, ..., C, R)."""
@@ -115,6 +121,8 @@ class Regression:
     """(B, C, R, R) lower: that of the precision, for errors of variance 1."""
     scale: Tensor
     """(B, C) standard deviation of the errors."""
+    log_likelihood: Tensor
+    """(B, C) of the errors, at their scale, up to a constant."""
 
     def draw(self, noise: Tensor) -> Tensor:
         """Return coefficients (B, K, C, R) of standard normal noise (B, K, C, R)."""

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from skode._nn.baseline import PERSISTENCE, SHARE, Baseline, Regression
+from skode._nn.baseline import PERSISTENCE, Baseline, Regression
 from skode._nn.fields import MLPField
 from skode._nn.integration import Integration
 from skode._nn.predictive import Mixture
@@ -249,8 +249,11 @@ class LatentODE(nn.Module):
         u = u + self.residual.smooth(times, mask, missed)[0]
         scale = joined.emission.log_scale.exp()
         drawn = joined.emission.mean + scale * (u + white) + joined.base
+        drawn = joined.answers(drawn)
+        if self.width == 1:  # there is no need to know around what to stretch
+            return drawn
         mean = self.forecast(context, queries, noise, how).mean()[:, None]
-        return mean + self.width * (joined.answers(drawn) - mean)
+        return mean + self.width * (drawn - mean)
 
     def intensity(
         self, context: Batch, queries: Batch, noise: Tensor, how: Integration
@@ -268,23 +271,25 @@ class LatentODE(nn.Module):
         # Queries stand among the context's rows, and are not observed.
         every = torch.full_like(length, batch.times.shape[1])
         split = self.split(batch, every, base_noise)
-        left = replace(context, values=context.values)
-        if split.regression is not None:
-            base = self.baseline.at(context.times, split.regression.mean)
-            left = replace(context, values=(context.values - base) * context.mask)
-        posterior = self.posterior(*readable(left, length), how)
-        z0 = posterior.draw(z_noise)
         if self.muted:  # nobody asks where the path goes
-            states = z0[:, :, None].expand(-1, -1, batch.times.shape[1], -1)
-        else:
-            states = self.states(z0, batch.times, how)
-        emission = self.emit(states, batch.covariates)
-        if self.muted:
-            assert split.regression is not None, "without a path there is a baseline"
             known = context.mask.sum(dim=1) > self.baseline.n_terms
-            emission = muted(emission, split.regression, known)
+            states, emission = split.drawn[..., :0], muted(split, known)
+        else:
+            z0 = self._posterior_of_all(context, split, how).draw(z_noise)
+            states = self.states(z0, batch.times, how)
+            emission = self.emit(states, batch.covariates)
         error = self.error(batch, split.drawn, emission)
         return _Joined(batch, place, split.drawn, states, emission, error)
+
+    def _posterior_of_all(
+        self, context: Batch, split: "Split", how: Integration
+    ) -> Posterior:
+        """Return q(z0) given a context without the trend and seasons in `split`."""
+        length = context.present.sum(dim=1)
+        if split.regression is not None:
+            base = self.baseline.at(context.times, split.regression.mean)
+            context = replace(context, values=(context.values - base) * context.mask)
+        return self.posterior(*readable(context, length), how)
 
     @property
     def noise_width(self) -> int:
@@ -306,21 +311,21 @@ class LatentODE(nn.Module):
         if not self.residual.persistent:
             return
         with torch.no_grad():
-            self.residual.share.fill_(math.log(SHARE / (1 - SHARE)))
+            share = self.baseline.share
+            self.residual.share.fill_(math.log(share / (1 - share)))
             self.residual.log_time.fill_(math.log(PERSISTENCE))
 
 
-def muted(emission: Emission, regression: Regression, known: Tensor) -> Emission:
-    """Return an emission whose path says nothing, of the regression's scale.
+def muted(split: "Split", known: Tensor) -> Emission:
+    """Return the emission of a path that says nothing, of the regression's scale.
 
     No more values than coefficients leave no errors to measure. Where a scale is not
     `known` (B, C), it is that of all training values, 1.
     """
-    scale = torch.where(known, regression.scale, 1.0)
-    log_scale = scale.log().to(emission.mean.dtype)[:, None, None]
-    return Emission(
-        torch.zeros_like(emission.mean), log_scale.expand_as(emission.log_scale)
-    )
+    assert split.regression is not None, "without a path there is a baseline"
+    scale = torch.where(known, split.regression.scale, 1.0)
+    log_scale = scale.log().to(split.drawn.dtype)[:, None, None]
+    return Emission(torch.zeros_like(split.drawn), log_scale.expand_as(split.drawn))
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +349,7 @@ class _Joined:
     base: Tensor
     """(B, K, T + Q, C), or (B, 1, T + Q, C) where there is none."""
     states: Tensor
-    """(B, K, T + Q, D)."""
+    """(B, K, T + Q, D); of width 0 where there is no path."""
     emission: Emission
     error: Tensor
     """(B, K, T + Q, C) in units of the scale; 0 where not observed."""

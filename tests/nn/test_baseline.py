@@ -26,8 +26,8 @@ def dense(baseline, row, channel):
     times = TIMES[row].numpy()
     span = np.ptp(times[any_there])
     apart = np.abs(times[:, None] - times)[np.ix_(there, there)]
-    cov = room.SHARE * np.exp(-apart / (room.PERSISTENCE * span))
-    cov += (1 - room.SHARE) * np.eye(there.sum())
+    cov = baseline.share * np.exp(-apart / (room.PERSISTENCE * span))
+    cov += (1 - baseline.share) * np.eye(there.sum())
     terms = baseline.terms(TIMES)[row].numpy()[there]
     ridge = np.full(terms.shape[1], room._RIDGE)
     if baseline.trend != "none":

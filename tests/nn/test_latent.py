@@ -340,3 +340,28 @@ def test_densities_given_the_path_are_those_of_normals():
     torch.testing.assert_close(white, wanted)
     ours = persistent.log_density(batch, nothing, emission, batch.mask)
     assert not F.mse_loss(ours, wanted) < 1e-3 and torch.isfinite(ours).all()
+
+
+def test_paths_that_are_not_stretched_need_no_forecast(monkeypatch):
+    model, context = latent_ode(), ragged_batch()
+    noise = normal(3, model.noise_width, seed=0)
+    asked = []
+
+    def forecast(*args):
+        asked.append(args)
+        return type(model).forecast(model, *args)
+
+    monkeypatch.setattr(model, "forecast", forecast)
+
+    def paths(width):
+        model.width = torch.full_like(model.width, width)
+        draws = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            return model.paths(context, context, 4, draws, noise, EXACTLY)
+
+    plain = paths(1.0)
+    assert not asked
+    wide = paths(2.0)
+    with torch.no_grad():
+        mean = model.forecast(context, context, noise, EXACTLY).mean()[:, None]
+    torch.testing.assert_close(wide - 2 * plain, -mean.expand_as(wide))
