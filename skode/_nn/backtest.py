@@ -74,6 +74,8 @@ def _with_errors(batch: Batch, window: Window) -> Window:
         now = end - origin / _ORIGINS * (end - begin - window.context).clamp_min(0)
         near = _between(batch, now - window.context, now)
         seen = (near.times <= now) & (near.times > now - window.context)
+        if not bool(seen.any()):
+            continue
         for share in SHARES:
             baseline = replace(window.baseline, share=share)
             found = baseline.fit(
