@@ -337,7 +337,9 @@ def learn(
         target, values = _own_target(X, found.others)
     else:
         covariates = found.others.columns
+        _require_index_of(rows, y)
         target, values = learn_target(y, len(rows.frame), rows.index)
+        _require_no_answers(found.others, target, values)
     if np.isnan(values).all():
         raise ValueError(
             f"Input {'X' if y is None else 'y'} contains NaN only: nothing was "
@@ -358,6 +360,43 @@ def learn(
         own_channels=y is None,
     )
     return layout, _table(found, times, covariates, values)
+
+
+def _require_index_of(rows: Rows, y: object) -> None:
+    """Raise if X is an array beside a y that still has times for an index."""
+    index = getattr(y, "index", None)
+    timed = (pd.DatetimeIndex, pd.TimedeltaIndex, pd.PeriodIndex)
+    if rows.kind == "array" and isinstance(index, timed):
+        raise ValueError(
+            "X is an array, but the index of y holds times: X has lost its own. A "
+            "transformer before this one in a pipeline drops the index: "
+            'set_output(transform="pandas") keeps it.'
+        )
+
+
+def _require_no_answers(others: pd.DataFrame, target: Target, y: np.ndarray) -> None:
+    """Raise if covariates are what is to be forecast, by name and by value."""
+    if not target.named:
+        return
+    places = target.columns.get_indexer(others.columns)
+    told = [
+        name
+        for number, (name, place) in enumerate(zip(others.columns, places, strict=True))
+        if place >= 0 and _equal(others.iloc[:, number], y[:, place])
+    ]
+    if told:
+        raise ValueError(
+            f"Columns {labelled(told)} of X are in y too: as covariates, known at all "
+            "times, they would tell what is to be forecast. Leave them out of X (X[[]] "
+            "keeps the index alone), or pass no y: channels are then read from X."
+        )
+
+
+def _equal(column: pd.Series, values: np.ndarray) -> bool:
+    if column.dtype.kind not in "iufb":
+        return False
+    seen = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return bool(np.array_equal(seen, values, equal_nan=True))
 
 
 def _own_target(X: object, others: pd.DataFrame) -> tuple[Target, np.ndarray]:

@@ -653,7 +653,8 @@ def test_a_history_without_channels_is_refused():
     unnamed, _ = learn(LONG, SEEN.to_numpy(), time="when", series="who")
     with pytest.raises(ValueError, match=r"pass history=\(X, y\)"):
         unnamed.read_history(LONG.join(SEEN))
-    shared, _ = learn(LONG, LONG[["dose"]], time="when", series="who")
+    other_dose = LONG[["dose"]] + 1
+    shared, _ = learn(LONG, other_dose, time="when", series="who")
     with pytest.raises(ValueError, match=r"pass history=\(X, y\)"):
         shared.read_history(LONG)
 
@@ -697,7 +698,7 @@ def test_predictions_have_the_kind_of_y():
     given = learn(STAMPS, WIDE[["b"]].to_numpy())[0].give(LATER, one)
     assert type(given) is np.ndarray and given.tolist() == [[1], [3]]
     array = np.array([[0.0], [1.0], [2.0]])
-    given = learn(array, WIDE["a"])[0].give(array[:2], one)
+    given = learn(array, WIDE["a"].reset_index(drop=True))[0].give(array[:2], one)
     pd.testing.assert_series_equal(given, pd.Series([1.0, 3.0], name="a"))
 
 
@@ -831,3 +832,24 @@ def test_groups_of_scikit_learn_work():
         groups=LONG["who"],
     )
     assert predictions.tolist() == [2.0, 1.0, 2.0, 1.0]
+
+
+def test_covariates_that_are_the_answer_are_refused():
+    index = pd.date_range("2024", periods=5, name="t")
+    frame = pd.DataFrame({"a": np.arange(5.0), "b": [1, 0, 2, 1, 5]}, index=index)
+    with pytest.raises(ValueError, match=r"Columns 'a', 'b' of X are in y too"):
+        learn(frame, frame)
+    with pytest.raises(ValueError, match=r"Columns 'b' of X are in y too"):
+        learn(frame, frame["b"])
+    layout, _ = learn(frame[[]], frame)  # the index alone
+    assert layout.n_covariates == 0 and layout.n_channels == 2
+    layout, _ = learn(frame.assign(b=7.0), frame["b"])  # another b
+    assert layout.n_covariates == 2
+
+
+def test_an_array_beside_targets_with_times_has_lost_its_index():
+    index = pd.date_range("2024", periods=5)
+    y = pd.DataFrame({"a": np.arange(5.0)}, index=index)
+    with pytest.raises(ValueError, match="X has lost its own"):
+        learn(np.arange(10.0).reshape(5, 2), y)
+    learn(np.arange(10.0).reshape(5, 2), y.reset_index(drop=True))
