@@ -33,7 +33,7 @@ def questions_of(
     Parameters
     ----------
     queries : mapping of History
-        Rows that want an answer, by series; their values are not read.
+        Rows that want an answer, by series. They keep values to compare answers with.
     known : mapping of History
         What was observed; a series may be missing, which is asked of the prior.
     span : float or None
@@ -82,5 +82,8 @@ def _stretches(times: np.ndarray, history: History, span: float | None):
 
 
 def _unobserved(asked: History, n_channels: int) -> History:
+    """Return queries that hold no values with all of them missing."""
+    if asked.values.shape[1]:
+        return asked
     nothing = np.full((len(asked), n_channels), np.nan)
     return History(asked.origin, asked.exact, nothing, asked.covariates)

@@ -43,7 +43,6 @@ from skode._parameters import (
     warn_unfinished,
     widths_of,
 )
-from skode._series.history import History
 from skode._series.layout import learn
 from skode._training import History as Course
 from skode._training import train
@@ -1103,35 +1102,24 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
         """
         questions = self._asking(rows, known)
         noise, how = self._noise(n_paths), integration(self)
-        values = {key: asked.values for key, asked in rows.items()}
 
         def answer(context, asked):
             found = self.module_.forecast(context, asked, noise, how)
             return density(found, asked.values, asked.mask)
 
-        return self._answers(values, questions, answer, n_paths, values)
+        return self._answers(rows, questions, answer, n_paths)
 
     def _log_units(self, rows):
         """Return what values cost in the user's units beyond standard ones, (n,)."""
         return (~np.isnan(rows.values) * np.log(self.units_.std)).sum(axis=1)
 
-    def _answers(self, queries, questions, answer, n_paths, values=None):
+    def _answers(self, queries, questions, answer, n_paths):
         """Return the answers to questions, put together by series: (n, ...)."""
         like = next(self.module_.parameters())
         found = {}
         for part in _chunks(questions, n_paths):
-            asked = [question.queries for question in part]
-            if values is not None:
-                asked = [
-                    History(
-                        question.queries.origin,
-                        question.queries.exact,
-                        values[question.key][question.positions],
-                        question.queries.covariates,
-                    )
-                    for question in part
-                ]
             contexts = [question.context for question in part]
+            asked = [question.queries for question in part]
             batches = [
                 self.units_.batch(histories, like.device, like.dtype)
                 for histories in (contexts, asked)

@@ -118,9 +118,7 @@ class Cutter:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return rows of the series (B, T), and the counts after thinning."""
         if int(rows.max()) <= self.most_rows:
-            step = torch.arange(int(rows.max()), device=start.device)
-            index = start[:, None] + step.minimum((rows - 1)[:, None])
-            return index, context, rows
+            return stretch(start, rows), context, rows
         chosen_rows, contexts = [], []
         for begin, total, known in zip(
             start.tolist(), rows.tolist(), context.tolist(), strict=True
@@ -145,6 +143,15 @@ def thinned(count: int, most: int, generator: torch.Generator) -> Tensor:
     near = most // 2
     far = near + torch.randperm(count - near, generator=generator)[: most - near]
     return torch.cat((torch.arange(near), far.sort().values))
+
+
+def stretch(start: Tensor, rows: Tensor) -> Tensor:
+    """Return the places of `rows` (B,) rows from `start` on; the last one is repeated.
+
+    (B, T) for the longest of them.
+    """
+    step = torch.arange(int(rows.max()), device=rows.device)
+    return start[:, None] + step.minimum((rows - 1)[:, None])
 
 
 def _piece(
@@ -363,8 +370,7 @@ def halves(series: Batch, window: float) -> list[Piece]:
     end = torch.searchsorted(
         series.times.contiguous(), series.times[:, :1] + window, right=True
     )[:, 0].minimum(count)
-    step = torch.arange(int(end.max()), device=count.device)
-    index = step.minimum((end - 1)[:, None])
+    index = stretch(torch.zeros_like(end), end)
     which = torch.arange(len(count), device=count.device)
     contexts = [(end * k // 3).clamp_min(1).minimum(end) for k in (1, 2)]
     return [_piece(series, which, index, end, context) for context in contexts]
@@ -394,10 +400,9 @@ def ahead(
     now = times.gather(1, (kept - 1)[:, None])
     begin = torch.searchsorted(times, now - context)[:, 0]
     rows = count - begin
-    step = torch.arange(int(rows.max()), device=count.device)
-    index = begin[:, None] + step.minimum((rows - 1)[:, None])
     which = torch.arange(len(count), device=count.device)
-    return first(series, kept), [_piece(series, which, index, rows, kept - begin)]
+    piece = _piece(series, which, stretch(begin, rows), rows, kept - begin)
+    return first(series, kept), [piece]
 
 
 def evaluate(
@@ -435,14 +440,10 @@ def beyond(
     model: LatentODE, piece: Piece, noise: Tensor, how: Integration
 ) -> tuple[Mixture, Tensor]:
     """Return forecasts of a piece from its context, and what follows it (B, T, C)."""
-    known = piece.known
-    context = replace(
-        piece.batch,
-        mask=piece.batch.mask & known[:, :, None],
-        present=piece.batch.present & known,
-    )
-    at_once = max(1, _AT_ONCE // (2 * known.shape[1] * len(noise)))
-    parts = [slice(k, k + at_once) for k in range(0, len(known), at_once)]
+    context = first(piece.batch, piece.context)
+    n_series, n_rows = piece.batch.times.shape
+    at_once = max(1, _AT_ONCE // (2 * n_rows * len(noise)))
+    parts = [slice(k, k + at_once) for k in range(0, n_series, at_once)]
     found = [
         model.forecast(context.take(some), piece.batch.take(some), noise, how)
         for some in parts
