@@ -22,20 +22,19 @@ the flow's own float64 solve at 1e-9, is no larger than skode's at 1e-5.
 import argparse
 import importlib.util
 import json
-import platform
-import shlex
 import sys
 import time
-from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
 from density_data import DATA, TOYS, UCI, check, make_split
 from density_peers import CONTINUOUS, METHODS, NEURAL
+from report import heading, markdown
 from threadpoolctl import threadpool_limits
+
+PACKAGES = ("torch", "torchdiffeq", "zuko", "scikit-learn")
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE_ROWS, RATE_VALUES = 10_000, 100_000
@@ -168,12 +167,6 @@ def save(path, records):
 
 
 # --- Telling -------------------------------------------------------------------------
-
-
-def markdown(header, rows):
-    """Return a markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 class Results:
@@ -335,27 +328,6 @@ def errors(flow, points):
     }
 
 
-def heading(args, left_out):
-    """Say how, where and when these numbers were made."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    packages = []
-    for name in ("torch", "torchdiffeq", "zuko", "scikit-learn"):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    gone = "".join(f"\nLeft out: {name} ({why}).\n" for name, why in left_out.items())
-    return (
-        f"`python benchmarks/density.py {shlex.join(sys.argv[1:])}`\n\n"
-        f"{date.today()}; {models[0] if models else platform.machine()}, one thread; "
-        f"Python {platform.python_version()}, {', '.join(packages)}; "
-        f"{args.budget:g} CPU seconds at most for neural peers, seed {args.seed}.\n"
-        f"{gone}"
-    )
-
-
 def parse():
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -400,7 +372,8 @@ def main():
     left_out = absent(args.methods, args.only, args.data)
     args.methods = [m for m in args.methods if m not in left_out]
     args.only = [name for name in args.only if name not in left_out]
-    print(heading(args, left_out))
+    budget = f"{args.budget:g} CPU seconds at most for neural peers, seed {args.seed}"
+    print(heading("density.py", PACKAGES, budget, left_out))
     if args.scoring:
         score_all(args)
         return

@@ -32,21 +32,20 @@ better of both encoders, from the cache) ends its budget: skode is refitted with
 import argparse
 import importlib.util
 import json
-import platform
-import shlex
 import sys
 import time
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from report import heading, markdown
 from series_data import DATA, FILES, TASKS, make_task
 from series_peers import EVEN, METHODS, PUBLISHED, fit_skode
 from series_view import LEVELS, as_view, check
 from threadpoolctl import threadpool_limits
+
+PACKAGES = ("torch", "torchdiffeq", "scikit-learn", "statsmodels")
 
 KEYS = ("task", "split", "method", "seed", "budget")
 FIGURES = {
@@ -229,12 +228,6 @@ def reach(args, view, split, rival):
 # --- Telling -------------------------------------------------------------------------
 
 
-def markdown(header, rows):
-    """Return a markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def cell(values, best):
     """Return 'mean ± standard error' of one figure per split."""
     values = np.asarray(values, dtype=float)
@@ -280,27 +273,6 @@ def report(args, records):
             print(f"- {r['task']}/{r['split']} {r['method']}: {r['error']}")
 
 
-def heading(args, left_out):
-    """Say how, where and when these numbers were made."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    packages = []
-    for name in ("torch", "torchdiffeq", "scikit-learn", "statsmodels"):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    gone = "".join(f"\nLeft out: {name} ({why}).\n" for name, why in left_out.items())
-    return (
-        f"`python benchmarks/series.py {shlex.join(sys.argv[1:])}`\n\n"
-        f"{date.today()}; {models[0] if models else platform.machine()}, one thread; "
-        f"Python {platform.python_version()}, {', '.join(packages)}; "
-        f"{args.budget:g} CPU seconds at most for whoever trains, seed {args.seed}.\n"
-        f"{gone}"
-    )
-
-
 def parse():
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -332,7 +304,8 @@ def main():
     args.methods = [m for m in args.methods if m not in left_out]
     args.tasks = [name for name in args.tasks if name not in left_out]
     records = read(args)
-    print(heading(args, left_out), flush=True)
+    budget = f"{args.budget:g} CPU seconds at most for whoever trains, seed {args.seed}"
+    print(heading("series.py", PACKAGES, budget, left_out), flush=True)
     if args.race:
         race(args, records)
         return

@@ -182,11 +182,10 @@ def _calendar(histories: Sequence[History], record: float) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Training series, and pieces of what was held out."""
+    """What cuts training series, and pieces of what was held out."""
 
-    training: Batch
-    watched: list[Piece]
     cutter: Cutter
+    watched: list[Piece]
 
 
 def pieces_of(
@@ -229,5 +228,4 @@ def pieces_of(
             training, watched = ahead(training, end, est.validation_fraction, context)
     # A score of nothing would call the first epoch the best.
     watched = [piece for piece in watched if bool(piece.asked.any())]
-    cutter = Cutter(training, window, _MOST_ROWS, generator)
-    return Panel(training, watched, cutter)
+    return Panel(Cutter(training, window, _MOST_ROWS, generator), watched)

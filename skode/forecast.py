@@ -541,7 +541,7 @@ class LatentODEForecaster(RegressorMixin, PortableEstimator):
             panel = pieces_of(
                 self, histories, self.units_, self.windows_, device, dtype, generator
             )
-            n_pieces = int(np.clip(len(panel.training.times), *_PIECES))
+            n_pieces = int(np.clip(len(panel.cutter.series.times), *_PIECES))
             how = self._training(n_pieces)
             course = Course()
             try:
